@@ -1,0 +1,13 @@
+"""What a model is, and running it on a scan.
+
+    networks    the torch networks (the only torch here)
+    recipe      what a training job asks for
+    preprocess  scan to network input: the same function in training and in serving
+    tiling      windows over a volume and their blending weights
+    bundle      a model on disk: ONNX, manifest, card, digests
+    session     an onnxruntime session with verified providers (the only onnxruntime here)
+    predict     segment or embed a whole volume with a session
+    refs        how a model is named: models:/liver@champion
+
+No web, no SQL, no queue.
+"""

@@ -1,0 +1,175 @@
+"""A model on disk: a folder of `model.onnx`, `manifest.json`, `card.md` and, for models trained
+here, `weights.safetensors` (what fine-tuning starts from).
+
+The manifest names the SHA-256 of every other file, and the bundle's digest is the manifest's own
+SHA-256, so one hash pins everything. A bundle is written to a temporary folder and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from models.recipe import FinetuneRecipe, Part, Preprocessing, PretrainRecipe, Size
+
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+WEIGHTS = "weights.safetensors"
+CARD = "card.md"
+
+
+class BundleError(Exception):
+    """A model that cannot be used: the operator's error, with a stable code."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+
+
+class TensorSpec(Part):
+    """An ONNX input or output; a string in `shape` names a free dimension."""
+
+    name: str
+    dtype: Literal["float32", "float16", "uint8", "int64"] = "float32"
+    shape: tuple[int | str, ...]
+
+
+class Parity(Part):
+    """How far onnxruntime is from torch on the same input, per kind of input."""
+
+    input_kind: Literal["random", "real"]
+    shape: tuple[int, ...]
+    provider: str
+    max_abs_difference: float
+    tolerance: float
+    argmax_agreement: float | None = None
+    embedding_cosine: float | None = None
+    passed: bool
+
+
+class Metric(Part):
+    """A measured value with the number of cases behind it."""
+
+    value: float
+    n: int
+    split: Literal["train", "val", "test"] = "val"
+
+
+class Lineage(Part):
+    """Where a model comes from."""
+
+    run_id: str | None = None
+    dataset_digest: str
+    """SHA-256 over the training scans and their split."""
+    parent_digest: str | None = None
+    loaded_keys: tuple[str, ...] = ()
+    skipped_keys: tuple[str, ...] = ()
+    """Keys of the parent that the network did not take, or took no value for."""
+    seed: int
+    num_steps: int
+    code_version: str
+    torch_version: str
+
+
+class Manifest(Part):
+    """Everything a server must know about a model."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["encoder", "segmenter"]
+    labels: tuple[str, ...] = ()
+    """Class names in the order of the output channels after background (segmenter)."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    preprocessing: Preprocessing
+    patch_size: Size
+    overlap: float = Field(0.5, ge=0.0, lt=1.0)
+    recipe: PretrainRecipe | FinetuneRecipe = Field(discriminator="kind")
+    lineage: Lineage
+    metrics: dict[str, Metric] = {}
+    parity: tuple[Parity, ...]
+    created_at: datetime
+    files: dict[str, str] = {}
+    """SHA-256 of every file of the bundle but the manifest; filled by `save`."""
+    intended_use: Literal["research use only; not a medical device"] = (
+        "research use only; not a medical device"
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder: Path, manifest: Manifest, files: dict[str, Path], card: str) -> str:
+    """Publish a bundle at `folder` by rename.
+
+    Args:
+        folder: Where the bundle will be; must not exist.
+        manifest: Its manifest; `files` in it is replaced.
+        files: The files to put in, by name in the bundle (`model.onnx` at least); copied.
+        card: Text of the model card, Markdown.
+
+    Returns:
+        The bundle's digest.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".bundle-", dir=folder.parent))
+    try:
+        for name, source in files.items():
+            shutil.copyfile(source, draft / name)
+        (draft / CARD).write_text(card, encoding="utf-8")
+        digests = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
+        complete = manifest.model_copy(update={"files": digests})
+        (draft / MANIFEST).write_text(complete.model_dump_json(indent=2), encoding="utf-8")
+        for path in draft.iterdir():
+            _fsync(path)
+        draft.chmod(0o755)
+        draft.rename(folder)
+        _fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return sha256_of(folder / MANIFEST)
+
+
+def load(folder: Path, *, verify: bool = True) -> Manifest:
+    """Read a bundle's manifest and, unless told otherwise, check every file's digest.
+
+    Raises:
+        BundleError: `bundle_invalid` (no or unknown manifest), `bundle_corrupt` (a file is
+            missing or differs from its digest).
+    """
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise BundleError("bundle_invalid", f"no {MANIFEST} in the bundle") from None
+    except ValidationError as error:
+        raise BundleError("bundle_invalid", f"{MANIFEST}: {error.error_count()} errors") from error
+    if verify:
+        for name, expected in manifest.files.items():
+            path = folder / name
+            if not path.is_file() or sha256_of(path) != expected:
+                raise BundleError("bundle_corrupt", f"{name} is missing or not what was saved")
+    return manifest
+
+
+def digest_of(folder: Path) -> str:
+    """The bundle's digest: SHA-256 of its manifest."""
+    return sha256_of(folder / MANIFEST)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

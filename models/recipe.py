@@ -1,0 +1,169 @@
+"""What a training job asks for.
+
+Every number of the method is a field whose default is the paper's (Zhou et al., ICCV 2021; "P").
+A recipe is frozen, refuses unknown fields, and its `digest` names it in manifests and caches.
+
+Axes are (I, J, K) in RAS+; sizes in voxels of the resampled grid, spacing in mm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Size = tuple[PositiveInt, PositiveInt, PositiveInt]
+SpacingMm = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+LabelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+class Part(BaseModel):
+    """Frozen, and no field it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, hexadecimal."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class Window(Part):
+    """Intensities between two Hounsfield values, scaled to [0, 1] and clipped."""
+
+    kind: Literal["window"] = "window"
+    low_hu: float = -1000.0
+    high_hu: float = 1000.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low_hu < self.high_hu:
+            raise ValueError(f"low_hu {self.low_hu} must be below high_hu {self.high_hu}")
+        return self
+
+
+class ZScore(Part):
+    """Zero mean and unit deviation over the non-zero voxels (MR)."""
+
+    kind: Literal["zscore"] = "zscore"
+
+
+class Preprocessing(Part):
+    """From a volume in RAS+ to network input; stored in the bundle and used in serving too."""
+
+    orientation: Literal["RAS"] = "RAS"
+    spacing_mm: SpacingMm = (1.0, 1.0, 1.0)
+    intensity: Annotated[Window | ZScore, Field(discriminator="kind")] = Window()
+
+
+class UNet3d(Part):
+    """The 3D U-Net of Models Genesis that P uses: four levels of two 3x3x3 convolutions."""
+
+    kind: Literal["unet3d"] = "unet3d"
+    base_width: Annotated[int, Field(ge=2, le=128)] = 32
+    """Channels of the first convolution; P: 32. The bottleneck has 16 times as many."""
+
+
+class Pcrl(Part):
+    """PCRL's own numbers, preset `paper` (P sections 3 and 7; algorithms.md 1.2)."""
+
+    name: Literal["pcrl"] = "pcrl"
+    preset: Literal["paper"] = "paper"
+    embedding_size: PositiveInt = 128
+    queue_size: PositiveInt = 16384
+    temperature: PositiveFloat = 0.2
+    ema_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    mix_alpha: PositiveFloat = 1.0
+    """CrossMix draws lambda from Beta(alpha, alpha), one a step."""
+    contrast_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    reconstruction_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    attention: Literal["outer", "se"] = "outer"
+    """TransAtt: `outer` is P's Eq. 1-3, `se` the official code's squeeze-and-excitation."""
+    outer_rank: PositiveInt | None = None
+    """Low-rank form of the C x C x C bilinear map of Eq. 2; None is the full map."""
+    post_conv: bool = True
+    """The 3x3x3 convolution after the gate (Eq. 4)."""
+    projector_input: Literal["post", "pre"] = "post"
+    """What the projector pools: features after TransAtt (P) or before it."""
+
+
+class CropPairs(Part):
+    """Two overlapping crops of a scan, resized to the input size (P section 7; rows 24-33)."""
+
+    crop_sizes: tuple[Size, ...] = (
+        (64, 64, 32), (96, 96, 48), (96, 96, 96), (32, 32, 16), (112, 112, 56),
+    )  # fmt: skip
+    input_size: Size = (64, 64, 32)
+    min_iou: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    max_tissue: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Reject crops with a larger share of soft tissue (> -150 HU); P's LUNA rule is 0.15."""
+    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    max_rotation_deg: Annotated[float, Field(ge=0.0, le=45.0)] = 10.0
+    max_blur_sigma: Annotated[float, Field(ge=0.0)] = 2.0
+    paint_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    inpaint_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+
+    @model_validator(mode="after")
+    def _fits_the_network(self) -> Self:
+        if any(size % 8 for size in self.input_size):
+            raise ValueError(f"input_size {self.input_size} must be multiples of 8")
+        if self.input_size[0] != self.input_size[1]:
+            raise ValueError(f"input_size {self.input_size} needs I == J for quarter turns")
+        return self
+
+
+class PretrainRecipe(Part):
+    """Self-supervised pretraining; the defaults are P's."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    method: Pcrl = Pcrl()
+    network: UNet3d = UNet3d()
+    preprocessing: Preprocessing = Preprocessing()
+    crops: CropPairs = CropPairs()
+    num_steps: PositiveInt = 74_400
+    """240 epochs of 310 steps (P on LUNA)."""
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    learning_rate: PositiveFloat = 1e-3
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    checkpoint_every: PositiveInt = 500
+    log_every: PositiveInt = 10
+
+
+class FinetuneRecipe(Part):
+    """Segmentation fine-tuning on a few labelled scans."""
+
+    kind: Literal["finetune"] = "finetune"
+    labels: Annotated[dict[LabelName, Annotated[int, Field(ge=1, le=255)]], Field(min_length=1)]
+    """Name of each class and its value in the label volumes, in the order of the output."""
+    unlisted_labels: Literal["refuse", "background"] = "refuse"
+    """What to do with label values that `labels` does not name."""
+    network: UNet3d = UNet3d()
+    preprocessing: Preprocessing = Preprocessing(intensity=Window(low_hu=-200.0, high_hu=200.0))
+    patch_size: Size = (256, 256, 64)
+    transfer: Literal["encoder", "encoder_decoder"] = "encoder"
+    """Which part of the parent's weights is taken; the rest starts random."""
+    num_steps: PositiveInt = 10_000
+    batch_size: PositiveInt = 4
+    learning_rate: PositiveFloat = 1e-4
+    foreground_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.66
+    """Share of patches centred on a labelled voxel, the classes taking turns."""
+    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Of the sliding windows in validation and in serving."""
+    validate_every: PositiveInt = 500
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    checkpoint_every: PositiveInt = 500
+    log_every: PositiveInt = 10
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if any(size % 8 for size in self.patch_size):
+            raise ValueError(f"patch_size {self.patch_size} must be multiples of 8")
+        if len(set(self.labels.values())) != len(self.labels):
+            raise ValueError(f"two labels share a value: {self.labels}")
+        return self
+
+
+Recipe = Annotated[PretrainRecipe | FinetuneRecipe, Field(discriminator="kind")]
