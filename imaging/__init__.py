@@ -1,15 +1,21 @@
 """A scan: reading it, its geometry, writing results.
 
-    errors      what is wrong with a scan, with a stable code
-    volume      voxels with an affine in RAS+, and the grid they came from
-    nifti       NIfTI-1/2 in and out
-    dicom       DICOM series to a volume (the only place where LPS becomes RAS)
-    intake      whatever was sent (NIfTI, DICOM file, zip, folder) to one volume
-    sandbox     the intake in a child process with limits
-    resample    separable linear resampling between axis-parallel grids
-    geometry    the certificate that a mask lies on its source grid
-    preview     overlay PNG
-    phantom     synthetic abdominal CT, written as DICOM and NIfTI
+    errors         what is wrong with a scan, with a stable code
+    limits         absolute caps on what a scan may be
+    volume         voxels with an affine in RAS+, and the grid they came from
+    checks         what must hold for any affine and any voxels
+    nifti          NIfTI-1/2 in and out
+    dicom          a DICOM series to a volume
+    dicom_header   one DICOM object: header and pixels
+    dicom_stack    image planes to a grid (the only place where LPS becomes RAS)
+    archive        the files of a zip, by place and never by name
+    intake         whatever was sent (NIfTI, DICOM file, zip, folder) to one volume
+    sandbox        the intake in a child process with limits
+    resample       separable linear resampling between axis-parallel grids
+    geometry       the certificate that a mask lies on its source grid
+    preview        overlay PNG
+    phantom        synthetic abdominal CT
+    phantom_dicom  a synthetic volume as a DICOM series
 
 Arrays are (I, J, K) in RAS+ with spacing in array order, in mm.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class ScanError(Exception):
     """A scan that cannot be used as it is.
@@ -12,8 +14,8 @@ class ScanError(Exception):
         extra: Facts a program may act on (for example the series to choose from), JSON-able.
     """
 
-    def __init__(self, code: str, detail: str, extra: dict[str, object] | None = None) -> None:
+    def __init__(self, code: str, detail: str, extra: Mapping[str, object] | None = None) -> None:
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
-        self.extra = extra or {}
+        self.extra = dict(extra or {})

@@ -1,0 +1,143 @@
+"""The files of a zip, opened by their place and never extracted by name.
+
+Names matter only as a sign of intent: an archive that tries to climb out of a folder, links,
+repeats a name, is encrypted or holds another archive is refused whole (`archive_unsafe`).
+Sizes in the archive are not trusted; unpacked bytes are counted while they are read.
+"""
+
+from __future__ import annotations
+
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+
+from imaging.errors import ScanError
+from imaging.limits import MAX_MEMBERS, MAX_UNPACKED_BYTES
+
+_MAX_DIRECTORY_BYTES = 16 << 20
+_END = b"PK\x05\x06"
+_END_64 = b"PK\x06\x06"
+_READS_PER_FILE = 3  # to sniff, for the header, for the pixels
+
+
+def is_zip(start: bytes) -> bool:
+    """Whether a file that begins with these bytes is a zip, perhaps an empty one."""
+    return start[:4] in (b"PK\x03\x04", _END)
+
+
+@contextmanager
+def open_members(path: Path) -> Iterator[list[Callable[[], BinaryIO]]]:
+    """The files of a zip (not its folders) in its order, each as a function that opens it.
+
+    Raises:
+        ScanError: `truncated_file`, `too_large`, `archive_unsafe`, `unsupported_format`; also
+            from reading an opened file.
+    """
+    _check_directory_size(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
+        raise ScanError("truncated_file", "the zip has no readable directory") from error
+    with archive:
+        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        if len(entries) > MAX_MEMBERS:
+            raise ScanError("too_large", f"{len(entries)} files; at most {MAX_MEMBERS} are read")
+        _check_entries(entries)
+        budget = _Budget(_READS_PER_FILE * MAX_UNPACKED_BYTES)
+        yield [_opener(archive, entry, budget) for entry in entries]
+
+
+def _check_directory_size(path: Path) -> None:
+    """Refuse an enormous directory before zipfile builds an object for each entry."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 22 - 76))
+        tail = file.read()
+    at = tail.rfind(_END)
+    if at < 0:
+        raise ScanError("truncated_file", "the zip has no directory at its end")
+    size = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if size == 0xFFFFFFFF:
+        at = tail.rfind(_END_64, 0, at)
+        size = int.from_bytes(tail[at + 40 : at + 48], "little") if at >= 0 else size
+    if size > _MAX_DIRECTORY_BYTES:
+        raise ScanError("too_large", f"the zip's directory declares {size} bytes")
+
+
+def _check_entries(entries: list[zipfile.ZipInfo]) -> None:
+    names: set[str] = set()
+    for place, entry in enumerate(entries):
+        fault = _fault_of(entry, names)
+        if fault is not None:
+            raise ScanError("archive_unsafe", f"file {place} of the zip {fault}")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ScanError(
+                "unsupported_format", f"file {place} of the zip is neither stored nor deflated"
+            )
+        names.add(entry.filename)
+
+
+def _fault_of(entry: zipfile.ZipInfo, names: set[str]) -> str | None:
+    name = entry.orig_filename.replace("\\", "/")
+    mode = entry.external_attr >> 16
+    if entry.flag_bits & 0x1:
+        return "is encrypted"
+    if "\0" in name or name.startswith("/") or name[1:2] == ":":
+        return "has an absolute or broken name"
+    if ".." in PurePosixPath(name).parts:
+        return "has a name that climbs out of its folder"
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+        return "is a link or a device"
+    if entry.filename in names:
+        return "has the name of another one"
+    return None
+
+
+class _Budget:
+    """Bytes that may still come out of an archive."""
+
+    def __init__(self, left_bytes: int) -> None:
+        self.left_bytes = left_bytes
+
+    def spend(self, num_bytes: int) -> None:
+        self.left_bytes -= num_bytes
+        if self.left_bytes < 0:
+            raise ScanError("too_large", f"the zip unpacks to more than {MAX_UNPACKED_BYTES} bytes")
+
+
+class _Member:
+    """A file of the archive, open for reading forward; damage becomes a `ScanError`."""
+
+    def __init__(self, file: BinaryIO, budget: _Budget) -> None:
+        self._file = file
+        self._budget = budget
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            data = self._file.read(size)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ScanError("truncated_file", "a file of the zip is damaged or cut off") from error
+        self._budget.spend(len(data))
+        return data
+
+    def __enter__(self) -> _Member:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _opener(
+    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: _Budget
+) -> Callable[[], BinaryIO]:
+    def open_member() -> BinaryIO:
+        try:
+            file = archive.open(entry)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+            raise ScanError("truncated_file", "a file of the zip cannot be opened") from error
+        return cast(BinaryIO, _Member(cast(BinaryIO, file), budget))
+
+    return open_member

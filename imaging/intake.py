@@ -1,0 +1,297 @@
+"""Whatever was sent in, to one volume.
+
+Formats are told by content, never by name. As a program, `python -m imaging.intake PATH --out DIR
+--kind image`, it is what `imaging.sandbox` runs behind limits: it writes `DIR/volume.nii` and
+prints one JSON object, the report or the error.
+
+Axes: volumes are (I, J, K) in RAS+; `Scan.source` keeps the grid of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import gzip
+import json
+import resource
+import signal
+import sys
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from imaging import dicom, nifti
+from imaging.archive import is_zip, open_members
+from imaging.dicom_header import looks_like_dicom, quiet
+from imaging.errors import ScanError
+from imaging.limits import CHUNK_BYTES, MAX_MEMBERS, MAX_UNPACKED_BYTES
+from imaging.volume import Array, Grid, Volume, canonical
+
+Kind = Literal["image", "labels"]
+
+EXIT_BAD_SCAN = 65
+EXIT_CANNOT_WRITE = 74
+
+_SNIFF_BYTES = 1024
+_ROUNDING = 1e-3  # labels stored as 0.99999997 exist
+_FOREIGN = {b"NRRD": "NRRD", b"Obje": "MetaImage", b"\x89HDF": "HDF5 (MINC 2)", b"CDF\x01": "MINC"}
+_SYSTEM_FAULTS = {errno.ENOENT, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EFBIG}
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A scan that was read, with what is known of it."""
+
+    volume: Volume
+    source: Grid
+    modality: str
+    """As in DICOM; empty for NIfTI."""
+    format: Literal["nifti", "dicom"]
+    series_uid: str
+    patient_key: str
+    """Same for the same patient id, empty where none is known; key it before it is stored."""
+    affine_from: Literal["sform", "qform", "dicom"]
+    members: tuple[dicom.Unused, ...]
+    """Files that were not used, and why."""
+
+
+def read_scan(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan:
+    """Read a NIfTI file, a DICOM file, a zip of either, or a folder.
+
+    Args:
+        path: What was sent in.
+        kind: `image` gives int16 or float32 voxels; `labels` whole numbers 0..255 as uint8.
+        series_uid: Which DICOM series, where there are several.
+
+    Raises:
+        ScanError: Any code of `docs/architecture.md`.
+    """
+    try:
+        scan = _read(path, series_uid)
+        voxels = _as_labels(scan.volume.voxels) if kind == "labels" else _as_image(scan.volume)
+    except ScanError:
+        raise
+    except MemoryError as error:
+        raise ScanError("too_large", "reading it takes more memory than allowed") from error
+    except Exception as error:  # a parser met bytes that its author did not think of
+        if isinstance(error, OSError) and error.errno in _SYSTEM_FAULTS:
+            raise
+        raise ScanError("not_a_scan", f"the reader gave up ({type(error).__name__})") from error
+    return Scan(
+        volume=Volume(voxels, scan.volume.affine),
+        source=scan.source,
+        modality=scan.modality,
+        format=scan.format,
+        series_uid=scan.series_uid,
+        patient_key=scan.patient_key,
+        affine_from=scan.affine_from,
+        members=scan.members,
+    )
+
+
+def _read(path: Path, series_uid: str | None) -> Scan:
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.is_symlink())
+        if len(files) > MAX_MEMBERS:
+            raise ScanError("too_large", f"{len(files)} files; at most {MAX_MEMBERS} are read")
+        return _from_many(files, series_uid)
+    with path.open("rb") as file:
+        start = file.read(_SNIFF_BYTES)
+    if is_zip(start):
+        with open_members(path) as members:
+            return _from_many(members, series_uid)
+    form = _format_of(path)
+    if form == "nifti":
+        return _from_nifti(path, ())
+    if form == "dicom":
+        return _from_dicom([path], series_uid)
+    if not start:
+        raise ScanError("not_a_scan", "the file is empty")
+    if start[:4] in _FOREIGN:
+        found = _FOREIGN[start[:4]]
+        raise ScanError("unsupported_format", f"found {found}; expected NIfTI or DICOM")
+    raise ScanError("not_a_scan", "neither NIfTI, nor DICOM, nor a zip of them")
+
+
+def _from_many(files: Sequence[dicom.Source], series_uid: str | None) -> Scan:
+    """A DICOM series among the files, or the only NIfTI file."""
+    if not files:
+        raise ScanError("empty_archive", "no files in it")
+    forms = [_format_of(file) for file in files]
+    if "zip" in forms:
+        raise ScanError("archive_unsafe", f"file {forms.index('zip')} is itself a zip")
+    if "dicom" in forms:
+        return _from_dicom(files, series_uid)
+    places = [place for place, form in enumerate(forms) if form == "nifti"]
+    if len(places) > 1:
+        raise ScanError("unsupported_format", f"{len(places)} NIfTI files; send one at a time")
+    if not places:
+        raise ScanError("not_a_scan", f"none of {len(files)} files is NIfTI or DICOM")
+    others = [place for place in range(len(files)) if place != places[0]]
+    unused = tuple(dicom.Unused(place, "not a scan") for place in others)
+    file = files[places[0]]
+    if isinstance(file, Path):
+        return _from_nifti(file, unused)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "scan"
+        with file() as packed, copy.open("wb") as unpacked:
+            _copy_capped(packed, unpacked)
+        return _from_nifti(copy, unused)
+
+
+def _from_nifti(path: Path, unused: tuple[dicom.Unused, ...]) -> Scan:
+    voxels, header = nifti.read_stored(path)
+    return Scan(
+        volume=canonical(voxels, header.affine),
+        source=Grid(header.shape, header.affine),
+        modality="",
+        format="nifti",
+        series_uid="",
+        patient_key="",
+        affine_from=header.affine_from,
+        members=unused,
+    )
+
+
+def _from_dicom(files: Sequence[dicom.Source], series_uid: str | None) -> Scan:
+    series = dicom.read_series(files, series_uid=series_uid)
+    return Scan(
+        volume=series.volume,
+        source=series.source,
+        modality=series.modality,
+        format="dicom",
+        series_uid=series.series_uid,
+        patient_key=series.patient_key,
+        affine_from="dicom",
+        members=series.unused,
+    )
+
+
+def _format_of(file: dicom.Source) -> Literal["nifti", "dicom", "zip"] | None:
+    with file.open("rb") if isinstance(file, Path) else file() as stream:
+        start = stream.read(_SNIFF_BYTES)
+    if is_zip(start):
+        return "zip"
+    if start[:2] == b"\x1f\x8b":
+        start = _unzipped_start(start)
+        return "nifti" if nifti.is_nifti(start) else None
+    if nifti.is_nifti(start):
+        return "nifti"
+    return "dicom" if looks_like_dicom(start) else None
+
+
+def _unzipped_start(start: bytes) -> bytes:
+    """What the first bytes of a gzip stream unpack to; empty if they do not."""
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _SNIFF_BYTES)
+    except (zlib.error, gzip.BadGzipFile):
+        return b""
+
+
+def _copy_capped(packed: BinaryIO, unpacked: BinaryIO) -> None:
+    copied = 0
+    while chunk := packed.read(CHUNK_BYTES):
+        copied += len(chunk)
+        if copied > MAX_UNPACKED_BYTES:
+            raise ScanError("too_large", f"more than {MAX_UNPACKED_BYTES} bytes unpacked")
+        unpacked.write(chunk)
+
+
+def _as_image(volume: Volume) -> Array:
+    voxels = volume.voxels
+    return voxels.astype(np.int16) if voxels.dtype == np.uint8 else voxels
+
+
+def _as_labels(voxels: Array) -> Array:
+    """Labels (I, J, K) as uint8; values next to a whole number are rounded."""
+    low, high = float(voxels.min()), float(voxels.max())
+    if low < -_ROUNDING or high > 255 + _ROUNDING:
+        raise ScanError(
+            "labels_not_integers", f"label values run from {low:g} to {high:g}; expected 0 to 255"
+        )
+    labels = np.empty_like(voxels, dtype=np.uint8)
+    for k in range(voxels.shape[2]):
+        whole = np.rint(voxels[:, :, k])
+        if np.abs(voxels[:, :, k] - whole).max() > _ROUNDING:
+            raise ScanError("labels_not_integers", "label values are not whole numbers")
+        labels[:, :, k] = whole
+    return labels
+
+
+def report_of(scan: Scan) -> dict[str, Any]:
+    """The facts of a scan, JSON-able; the voxels themselves are in `volume.nii`."""
+    return {
+        "shape": scan.volume.shape,
+        "spacing_mm": scan.volume.spacing_mm,
+        "affine": scan.volume.affine.tolist(),
+        "source_shape": scan.source.shape,
+        "source_affine": scan.source.affine.tolist(),
+        "modality": scan.modality,
+        "format": scan.format,
+        "series_uid": scan.series_uid,
+        "patient_key": scan.patient_key,
+        "affine_from": scan.affine_from,
+        "dtype": scan.volume.voxels.dtype.name,
+        "members": [asdict(member) for member in scan.members],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read PATH under the limits given, write `volume.nii`, print the report."""
+    parser = argparse.ArgumentParser(prog="python -m imaging.intake", description=main.__doc__)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="existing folder for volume.nii")
+    parser.add_argument("--kind", choices=("image", "labels"), required=True)
+    parser.add_argument("--series", help="SeriesInstanceUID to read")
+    parser.add_argument("--memory-bytes", type=int, help="limit of the address space")
+    parser.add_argument("--cpu-s", type=int, help="limit of processor time")
+    parser.add_argument("--file-bytes", type=int, help="limit of each written file")
+    parser.add_argument("--open-files", type=int, help="limit of open files")
+    options = parser.parse_args(arguments)
+    _confine(options)
+    try:
+        with quiet():
+            scan = read_scan(options.path, kind=options.kind, series_uid=options.series)
+        nifti.write(options.out / "volume.nii", scan.volume.voxels, scan.volume.affine)
+        answer, status = report_of(scan), 0
+    except ScanError as error:
+        answer, status = _problem(error), EXIT_BAD_SCAN
+    except MemoryError:
+        answer, status = _problem(ScanError("too_large", "takes too much memory")), EXIT_BAD_SCAN
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            return EXIT_CANNOT_WRITE
+        answer, status = _problem(ScanError("too_large", "unpacks to too much")), EXIT_BAD_SCAN
+    json.dump(answer, sys.stdout)
+    return status
+
+
+def _problem(error: ScanError) -> dict[str, Any]:
+    return {"error": {"code": error.code, "detail": error.detail, "extra": error.extra}}
+
+
+def _confine(options: argparse.Namespace) -> None:
+    """Take away what reading a scan does not need; die with the parent (Linux)."""
+    for limit, value in (
+        (resource.RLIMIT_AS, options.memory_bytes),
+        (resource.RLIMIT_CPU, options.cpu_s),
+        (resource.RLIMIT_FSIZE, options.file_bytes),
+        (resource.RLIMIT_NOFILE, options.open_files),
+    ):
+        if value is not None:
+            resource.setrlimit(limit, (value, value))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

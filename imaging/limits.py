@@ -1,0 +1,48 @@
+"""Absolute caps on what a scan may be, checked before work is done on it.
+
+Absolute and not ratios: an honest all-zero mask compresses a thousandfold, like a bomb
+(reliability.md, S5).
+"""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from imaging.errors import ScanError
+
+MAX_VOXELS = 512 * 512 * 2048
+"""Voxels of one volume: 1 GiB in int16."""
+
+MAX_FILE_BYTES = 640 << 20
+"""Unpacked size of one DICOM file: 1000 frames of 512 x 512 take 500 MiB."""
+
+MAX_INFLATED_BYTES = 256 << 20
+"""Data set of one DICOM file in the deflated transfer syntax, which inflates slowly."""
+
+MAX_UNPACKED_BYTES = 4 << 30
+"""Unpacked size of all members of a zip together."""
+
+MAX_MEMBERS = 20_000
+"""Files in a zip or a folder."""
+
+CHUNK_BYTES = 8 << 20
+
+
+def read_capped(file: BinaryIO, cap_bytes: int, *, start: bytes = b"") -> bytes:
+    """The rest of a file, counted while it is read; what a header declares is not trusted.
+
+    Args:
+        file: Open for reading.
+        cap_bytes: The most that may come out of it.
+        start: What was read of it before; the result begins with it.
+
+    Raises:
+        ScanError: `too_large` when more than `cap_bytes` come out.
+    """
+    chunks, num_bytes = [start], len(start)
+    while chunk := file.read(CHUNK_BYTES):
+        chunks.append(chunk)
+        num_bytes += len(chunk)
+        if num_bytes > cap_bytes:
+            raise ScanError("too_large", f"a file unpacks to more than {cap_bytes} bytes")
+    return b"".join(chunks)

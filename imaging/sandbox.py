@@ -1,0 +1,150 @@
+"""The intake in a child process with limits: hostile bytes never meet the parent.
+
+The child gets a bare environment (no secrets), no standard input, and hard limits on memory,
+processor time, file size, open files and core dumps; the parent adds a wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imaging.errors import ScanError
+from imaging.intake import EXIT_BAD_SCAN, Kind
+from imaging.volume import Grid, Shape, Spacing
+
+_ROOT = Path(__file__).resolve().parents[1]
+_UID = re.compile(r"[0-9.]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one intake may take."""
+
+    memory_bytes: int = 4 << 30
+    cpu_s: int = 120
+    wall_s: float = 180.0
+    file_bytes: int = 4 << 30
+    open_files: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeReport:
+    """What the intake found; the canonical volume lies at `volume_path`."""
+
+    volume_path: Path
+    shape: Shape
+    spacing_mm: Spacing
+    affine: list[list[float]]
+    source_shape: Shape
+    source_affine: list[list[float]]
+    modality: str
+    format: str
+    series_uid: str
+    patient_key: str
+    affine_from: str
+    dtype: str
+    members: list[dict[str, Any]]
+    """Files not used: `{"member": place, "reason": text}`."""
+
+    @property
+    def source(self) -> Grid:
+        """The grid of the files."""
+        return Grid(self.source_shape, np.asarray(self.source_affine, dtype=np.float64))
+
+
+def run_intake(
+    path: Path,
+    out_dir: Path,
+    *,
+    kind: Kind,
+    series_uid: str | None = None,
+    limits: Limits | None = None,
+) -> IntakeReport:
+    """Read a scan in a child process; blocks until it ends.
+
+    Args:
+        path: The file or folder that was sent in.
+        out_dir: Existing folder for `volume.nii` (canonical RAS+, uncompressed) and scratch.
+        kind: What the scan is meant to be.
+        series_uid: Which DICOM series, where there are several.
+        limits: What the child may take.
+
+    Raises:
+        ScanError: The scan cannot be used; `too_large` when a limit ended the child.
+        OSError: The child could not write to `out_dir`.
+    """
+    limits = limits or Limits()
+    if series_uid is not None and not _UID.fullmatch(series_uid):
+        raise ScanError("no_such_series", "series_uid is not a UID (digits and dots)")
+    process = subprocess.Popen(  # noqa: S603  # our own module; the path is one argument
+        _command(path.resolve(), out_dir.resolve(), kind, series_uid, limits),
+        cwd=out_dir,
+        env=_environment(out_dir.resolve()),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limits.wall_s)
+    except subprocess.TimeoutExpired:
+        raise ScanError("too_large", f"reading it took more than {limits.wall_s:g} s") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return _report(process.returncode, output, out_dir)
+
+
+def _command(
+    path: Path, out_dir: Path, kind: Kind, series_uid: str | None, limits: Limits
+) -> list[str]:
+    command = [
+        *(sys.executable, "-s", "-P", "-m", "imaging.intake"),
+        f"--out={out_dir}",
+        f"--kind={kind}",
+        f"--memory-bytes={limits.memory_bytes}",
+        f"--cpu-s={limits.cpu_s}",
+        f"--file-bytes={limits.file_bytes}",
+        f"--open-files={limits.open_files}",
+    ]
+    if series_uid is not None:
+        command.append(f"--series={series_uid}")
+    return [*command, "--", str(path)]
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    return {
+        "PYTHONPATH": str(_ROOT),  # -I would ignore it, and the source tree is not installed
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "LC_ALL": "C.UTF-8",
+        "TMPDIR": str(scratch),
+        "OPENBLAS_NUM_THREADS": "1",  # every BLAS thread reserves address space
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _report(status: int, output: bytes, out_dir: Path) -> IntakeReport:
+    if status == EXIT_BAD_SCAN:
+        error = json.loads(output)["error"]
+        raise ScanError(error["code"], error["detail"], error["extra"])
+    if status in (-signal.SIGKILL, -signal.SIGXCPU):
+        raise ScanError("too_large", "reading it takes more time or memory than allowed")
+    if status < 0:
+        raise ScanError("not_a_scan", f"the reader crashed on it (signal {-status})")
+    if status != 0:
+        raise OSError(f"the intake ended with status {status}")
+    report = json.loads(output)
+    for name in ("shape", "spacing_mm", "source_shape"):
+        report[name] = tuple(report[name])
+    return IntakeReport(volume_path=out_dir / "volume.nii", **report)

@@ -1,0 +1,319 @@
+"""Synthetic series with every kind of geometry, against the phantom and against highdicom."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from io import BytesIO
+
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    MRImageStorage,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+from scipy.spatial.transform import Rotation
+
+from imaging import phantom
+from imaging.dicom import read_series
+from imaging.dicom_header import read_header
+from imaging.errors import ScanError
+from imaging.volume import Volume, canonical
+
+LPS = np.array([-1.0, -1.0, 1.0])
+
+
+@pytest.fixture
+def slices(small_series):
+    return [pydicom.dcmread(file) for file in small_series]
+
+
+def opened(slices, seed=0):
+    """The slices as files in a random order."""
+    files = []
+    for s in np.random.default_rng(seed).permutation(len(slices)):
+        buffer = BytesIO()
+        slices[s].save_as(buffer, enforce_file_format=True)
+        files.append(lambda data=buffer.getvalue(): BytesIO(data))
+    return files
+
+
+def refusal(slices, **options) -> ScanError:
+    with pytest.raises(ScanError) as caught:
+        read_series(opened(slices), **options)
+    return caught.value
+
+
+def move(slice_, offset_lps):
+    place = np.asarray(slice_.ImagePositionPatient, dtype=float) + offset_lps
+    slice_.ImagePositionPatient = [f"{x:.9g}" for x in place]
+
+
+def test_a_phantom_s_series_is_the_phantom(small, slices):
+    series = read_series(opened(slices))
+
+    assert np.array_equal(series.volume.voxels, small.volume.voxels)
+    assert series.volume.voxels.dtype == np.int16
+    assert np.allclose(series.volume.affine, small.volume.affine)
+    assert series.modality == "CT"
+    assert series.unused == ()
+    assert "PHANTOM" not in series.patient_key
+    assert len(series.patient_key) == 64
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 0), (0, 2, 1), (2, 0, 1)])
+@pytest.mark.parametrize("angles", [(0, 0, 0), (11, -17, 23)])
+def test_oblique_sagittal_coronal_and_reversed_series_agree_with_highdicom(tmp_path, axes, angles):
+    rng = np.random.default_rng(sum(axes) + axes[0])
+    affine = np.eye(4)
+    turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    affine[:3, :3] = (turn * (0.9, 1.7, 3.1))[:, list(axes)] * (1, -1, 1)
+    affine[:3, 3] = (12.5, -70.25, 333.0)
+    voxels = rng.integers(-1000, 2000, (6, 9, 5)).astype(np.int16)
+    files = phantom.write_dicom_series(Volume(voxels, affine), tmp_path, seed=2)
+
+    series = read_series(list(rng.permutation(np.asarray(files))))
+
+    expected = canonical(voxels, affine)
+    assert np.array_equal(series.volume.voxels, expected.voxels)
+    assert np.allclose(series.volume.affine, expected.affine, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        oracle = highdicom.get_volume_from_series([pydicom.dcmread(file) for file in files])
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    theirs = canonical(oracle.array, flip @ oracle.affine)
+    assert np.array_equal(series.volume.voxels, theirs.voxels)
+    assert np.allclose(series.volume.affine, theirs.affine, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless, DeflatedExplicitVRLittleEndian]
+)
+def test_compressed_series_have_the_same_voxels(small, slices, syntax):
+    for slice_ in slices:
+        if syntax.is_encapsulated:
+            slice_.compress(syntax, generate_instance_uid=False)
+        else:
+            slice_.file_meta.TransferSyntaxUID = syntax
+
+    assert np.array_equal(read_series(opened(slices)).volume.voxels, small.volume.voxels)
+
+
+def test_each_slice_has_its_own_slope_and_fractions_become_float32(small, slices):
+    for s, slice_ in enumerate(slices):
+        slice_.RescaleSlope = str(1 + 0.25 * (s % 3))
+
+    series = read_series(opened(slices))
+
+    stored = small.volume.voxels.astype(np.float64) + 1024
+    slopes = 1 + 0.25 * (np.arange(len(slices)) % 3)
+    assert series.volume.voxels.dtype == np.float32
+    assert np.allclose(series.volume.voxels, stored * slopes - 1024)
+
+
+def test_signed_pixels_are_read(small, slices):
+    for slice_ in slices:
+        stored = slice_.pixel_array.astype(np.int16) - 1024
+        slice_.PixelRepresentation, slice_.RescaleIntercept = 1, "0"
+        slice_.BitsStored, slice_.HighBit = 16, 15
+        slice_.PixelData = stored.tobytes()
+
+    assert np.array_equal(read_series(opened(slices)).volume.voxels, small.volume.voxels)
+
+
+def test_missing_slices_are_refused_by_name(slices):
+    del slices[7:9]
+
+    error = refusal(slices)
+
+    assert error.code == "missing_slices"
+    assert "2 slices" in error.detail
+    assert len(error.extra["members"]) == 2
+
+
+def test_two_images_at_one_place_are_refused_and_the_same_image_twice_is_not(slices):
+    twin = copy.deepcopy(slices[4])
+    again = read_series(opened([*slices, twin]))
+
+    assert [one.reason for one in again.unused] == ["the same image as another file"]
+    twin.SOPInstanceUID = twin.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    error = refusal([*slices, twin])
+    assert error.code == "duplicate_slices"
+    assert len(error.extra["members"]) == 2
+
+
+def test_uneven_gaps_are_refused_by_name(slices):
+    for s, slice_ in enumerate(slices):
+        move(slice_, (0, 0, 0.02 * s * s))
+
+    assert refusal(slices).code == "uneven_spacing"
+
+
+def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(slices):
+    for s, slice_ in enumerate(slices):
+        move(slice_, (0, 0, 0.05 * (-1) ** s))
+
+    assert read_series(opened(slices)).volume.shape[2] == len(slices)
+
+
+def test_gantry_tilt_is_refused_by_name(slices):
+    for s, slice_ in enumerate(slices):
+        move(slice_, (0, 1.5 * s, 0))
+
+    error = refusal(slices)
+
+    assert error.code == "gantry_tilt"
+    assert error.extra["angle_deg"] == pytest.approx(np.degrees(np.arctan(1.5 / 12)), abs=0.01)
+
+
+def test_slices_shifted_in_plane_are_refused(slices):
+    move(slices[5], (0, 20, 0))
+
+    assert refusal(slices).code == "bad_geometry"
+
+
+def test_other_objects_are_left_out_with_a_reason(small, slices):
+    capture, localizer, text = (copy.deepcopy(slices[0]) for _ in range(3))
+    capture.SOPClassUID = capture.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    localizer.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    text.ImageOrientationPatient = ["0", "1", "0", "0", "0", "-1"]
+    text.SOPInstanceUID = generate_uid()
+    files = [
+        *opened(slices),
+        *opened([capture]),
+        *opened([localizer]),
+        *opened([text]),
+        lambda: BytesIO(b"notes of the ward " * 20),
+    ]
+
+    series = read_series(files)
+
+    assert np.array_equal(series.volume.voxels, small.volume.voxels)
+    reasons = [one.reason for one in series.unused]
+    assert [one.member for one in series.unused] == [21, 22, 23, 24]
+    assert "Secondary Capture" in reasons[0]
+    assert "localizer" in reasons[1]
+    assert "another direction" in reasons[2]
+    assert "not a DICOM object" in reasons[3]
+
+
+def test_several_series_must_be_chosen_from(small, slices):
+    others = [copy.deepcopy(s) for s in slices[:6]]
+    for other in others:
+        other.SeriesInstanceUID = "2.25.1"
+        other.SOPInstanceUID = generate_uid()
+        other.Modality, other.SOPClassUID = "MR", MRImageStorage
+    both = [*slices, *others]
+
+    error = refusal(both)
+    chosen = read_series(opened(both), series_uid="2.25.1")
+
+    assert error.code == "several_series"
+    found = {(s["modality"], s["num_files"]) for s in error.extra["series"]}
+    assert found == {("CT", 21), ("MR", 6)}
+    assert chosen.modality == "MR"
+    assert chosen.volume.shape[2] == 6
+    assert len(chosen.unused) == 21
+    assert refusal(both, series_uid="2.25.2").code == "no_such_series"
+
+
+def test_two_stacks_in_one_series_are_refused(slices):
+    for slice_ in slices[:10]:
+        slice_.Rows = slice_.Rows - 1
+        slice_.PixelData = slice_.PixelData[: slice_.Rows * slice_.Columns * 2]
+
+    assert refusal(slices).code == "bad_geometry"
+
+
+def test_one_slice_is_not_a_volume(slices):
+    assert refusal(slices[:1]).code == "not_three_dimensional"
+
+
+def test_unusable_pixels_are_refused_by_name(slices):
+    inverted, foreign, colour = (copy.deepcopy(slices) for _ in range(3))
+    for slice_ in inverted:
+        slice_.PhotometricInterpretation = "MONOCHROME1"
+    for slice_ in foreign:
+        slice_.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.100"  # MPEG2
+    for slice_ in colour:
+        slice_.SamplesPerPixel = 3
+
+    assert refusal(inverted).code == "unsupported_format"
+    assert refusal(colour).code == "unsupported_format"
+    files = [lambda d=with_mpeg(s): BytesIO(d) for s in slices]
+    with pytest.raises(ScanError) as caught:
+        read_series(files)
+    assert caught.value.code == "unsupported_transfer_syntax"
+
+
+def with_mpeg(slice_) -> bytes:
+    """The slice claiming MPEG2 pixels; the UID has another length, so it is written afresh."""
+    buffer = BytesIO()
+    slice_.compress(RLELossless, generate_instance_uid=False)
+    slice_.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.100"
+    slice_.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def test_pixels_cut_off_are_refused(slices):
+    slices[3].PixelData = slices[3].PixelData[:100]
+
+    error = refusal(slices)
+
+    assert error.code == "truncated_file"
+    assert "100 bytes" in error.detail
+
+
+def test_geometry_that_is_missing_or_not_finite_is_refused(slices):
+    without, broken = copy.deepcopy(slices), copy.deepcopy(slices)
+    for slice_ in without:
+        del slice_.PixelSpacing
+    for slice_ in broken:
+        slice_.ImageOrientationPatient = ["1", "0", "0", "1", "0", "0"]
+
+    assert refusal(without).code == "bad_geometry"
+    assert refusal(broken).code == "bad_geometry"
+
+
+def test_a_deflated_bomb_is_stopped_by_a_cap(slices, monkeypatch):
+    monkeypatch.setattr("imaging.dicom_header.MAX_INFLATED_BYTES", 100_000)
+    slices[0].file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    slices[0].PixelData = bytes(1_000_000)
+    buffer = BytesIO()
+    slices[0].save_as(buffer, enforce_file_format=True)
+    assert len(buffer.getvalue()) < 10_000
+
+    with pytest.raises(ScanError, match="too_large"):
+        read_header(buffer.getvalue(), 0)
+
+
+@pytest.mark.parametrize("at", [b"MONOCHROME2 ", b"9\\8.5 ", b"2.25.", b"\\AXIAL"])
+def test_nothing_of_the_file_is_said_or_logged(small_series, at, capfd, caplog):
+    content = small_series[0].read_bytes()
+    assert at in content
+    content = content.replace(at, b"CANARYCANARY"[: len(at)]).replace(b"PHANTOM", b"CANARY!")
+
+    with pytest.raises(ScanError) as caught:
+        read_series([lambda: BytesIO(content)])
+
+    told = f"{caught.value} {caught.value.extra} {caplog.text} {capfd.readouterr()}"
+    assert "CANARY" not in told
+
+
+def test_pydicom_alone_would_have_told(small_series, caplog):
+    """The negative control of the test above."""
+    content = small_series[0].read_bytes().replace(b"2.25.", b"CANAR")
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _ = pydicom.dcmread(BytesIO(content)).SOPInstanceUID
+
+    assert "CANAR" in caplog.text
+    assert any("CANAR" in str(warning.message) for warning in told)
