@@ -4,7 +4,10 @@
     recipe      what a training job asks for
     preprocess  scan to network input: the same function in training and in serving
     tiling      windows over a volume and their blending weights
+    blend       the rolling sum of windows, and its way to the volume's grid
     bundle      a model on disk: ONNX, manifest, card, digests
+    verify      the ONNX file is what the manifest says
+    onnx_wire   whether an ONNX file wants tensors from other files
     session     an onnxruntime session with verified providers (the only onnxruntime here)
     predict     segment or embed a whole volume with a session
     refs        how a model is named: models:/liver@champion

@@ -1,5 +1,7 @@
-"""A model on disk: a folder of `model.onnx`, `manifest.json`, `card.md` and, for models trained
-here, `weights.safetensors` (what fine-tuning starts from).
+"""A model on disk: a folder with the network, a manifest and a card.
+
+The files are `model.onnx`, `manifest.json`, `card.md` and, for models trained here,
+`weights.safetensors` (what fine-tuning starts from).
 
 The manifest names the SHA-256 of every other file, and the bundle's digest is the manifest's own
 SHA-256, so one hash pins everything. A bundle is written to a temporary folder and renamed.
@@ -93,10 +95,10 @@ class Manifest(Part):
     overlap: float = Field(0.5, ge=0.0, lt=1.0)
     recipe: PretrainRecipe | FinetuneRecipe = Field(discriminator="kind")
     lineage: Lineage
-    metrics: dict[str, Metric] = {}
+    metrics: dict[str, Metric] = Field(default_factory=dict)
     parity: tuple[Parity, ...]
     created_at: datetime
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of every file of the bundle but the manifest; filled by `save`."""
     intended_use: Literal["research use only; not a medical device"] = (
         "research use only; not a medical device"
@@ -154,6 +156,8 @@ def load(folder: Path, *, verify: bool = True) -> Manifest:
         raise BundleError("bundle_invalid", f"no {MANIFEST} in the bundle") from None
     except ValidationError as error:
         raise BundleError("bundle_invalid", f"{MANIFEST}: {error.error_count()} errors") from error
+    if MODEL not in manifest.files or any(Path(name).name != name for name in manifest.files):
+        raise BundleError("bundle_invalid", f"{MANIFEST}: files must be plain names, {MODEL} too")
     if verify:
         for name, expected in manifest.files.items():
             path = folder / name
@@ -165,6 +169,22 @@ def load(folder: Path, *, verify: bool = True) -> Manifest:
 def digest_of(folder: Path) -> str:
     """The bundle's digest: SHA-256 of its manifest."""
     return sha256_of(folder / MANIFEST)
+
+
+def onnx_metadata(manifest: Manifest) -> dict[str, str]:
+    """The manifest's facts that serving depends on, as they stand in the ONNX file's metadata.
+
+    The exporter writes them; a session refuses a file whose statements differ.
+    """
+    spec = manifest.preprocessing
+    return {
+        "kind": manifest.kind,
+        "labels": ",".join(manifest.labels),
+        "orientation": spec.orientation,
+        "spacing_mm": ",".join(f"{size:g}" for size in spec.spacing_mm),
+        "intensity": spec.intensity.model_dump_json(),
+        "patch_size": ",".join(str(size) for size in manifest.patch_size),
+    }
 
 
 def _fsync(path: Path) -> None:

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 Size = tuple[PositiveInt, PositiveInt, PositiveInt]
 SpacingMm = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+TISSUE_HU = -150.0
+"""Soft tissue lies above (P's LUNA rule)."""
+
 LabelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
@@ -85,12 +88,15 @@ class Pcrl(Part):
     """The 3x3x3 convolution after the gate (Eq. 4)."""
     projector_input: Literal["post", "pre"] = "post"
     """What the projector pools: features after TransAtt (P) or before it."""
+    momentum_groups: PositiveInt = 4
+    """Shuffled groups in which the momentum encoder normalises a batch (row 22; P had 4 GPUs).
+    Fewer where a group would hold a single sample."""
 
 
 class CropPairs(Part):
     """Two overlapping crops of a scan, resized to the input size (P section 7; rows 24-33)."""
 
-    crop_sizes: tuple[Size, ...] = (
+    crop_sizes: Annotated[tuple[Size, ...], Field(min_length=1)] = (
         (64, 64, 32), (96, 96, 48), (96, 96, 96), (32, 32, 16), (112, 112, 56),
     )  # fmt: skip
     input_size: Size = (64, 64, 32)
@@ -130,6 +136,19 @@ class PretrainRecipe(Part):
     checkpoint_every: PositiveInt = 500
     log_every: PositiveInt = 10
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        pushed = 3 * self.batch_size
+        if self.method.queue_size < pushed:
+            raise ValueError(
+                f"queue_size {self.method.queue_size} is below the {pushed} vectors of one step"
+            )
+        if self.crops.max_tissue is not None:
+            window = self.preprocessing.intensity
+            if not isinstance(window, Window) or not window.low_hu < TISSUE_HU < window.high_hu:
+                raise ValueError(f"max_tissue needs a window that contains {TISSUE_HU} HU")
+        return self
+
 
 class FinetuneRecipe(Part):
     """Segmentation fine-tuning on a few labelled scans."""
@@ -147,6 +166,8 @@ class FinetuneRecipe(Part):
     num_steps: PositiveInt = 10_000
     batch_size: PositiveInt = 4
     learning_rate: PositiveFloat = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate; P keeps it, a cosine ends better when steps are few."""
     foreground_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.66
     """Share of patches centred on a labelled voxel, the classes taking turns."""
     flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -162,7 +183,7 @@ class FinetuneRecipe(Part):
         if any(size % 8 for size in self.patch_size):
             raise ValueError(f"patch_size {self.patch_size} must be multiples of 8")
         if len(set(self.labels.values())) != len(self.labels):
-            raise ValueError(f"two labels share a value: {self.labels}")
+            raise ValueError(f"two labels share a value: {sorted(self.labels.values())}")
         return self
 
 

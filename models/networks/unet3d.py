@@ -1,0 +1,156 @@
+"""The 3D U-Net that PCRL trains, at any base width.
+
+The layers of Models Genesis' network (Zhou et al., 2019), which the paper (section 4.3) takes over;
+`base_width` 32 is the paper's. Every convolution is 3x3x3 with bias, followed by normalisation and
+ReLU. Modules keep no activations: each `forward` is a pure function of its arguments.
+
+B batch, C channels, W base width, I J K voxels. I, J and K are multiples of `STRIDE`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Norm = Literal["batch", "group"]
+
+STRIDE = 8
+"""Voxels of input an axis needs a multiple of: three poolings by two."""
+
+MAX_GROUPS = 8
+
+
+class Features(NamedTuple):
+    """What the encoder sees, from fine to coarse; named as in the paper's code at width 32."""
+
+    skip64: Tensor
+    """(B, 2W, I, J, K)."""
+    skip128: Tensor
+    """(B, 4W, I/2, J/2, K/2)."""
+    skip256: Tensor
+    """(B, 8W, I/4, J/4, K/4)."""
+    bottleneck: Tensor
+    """(B, 16W, I/8, J/8, K/8); F^l of the paper."""
+
+
+class UNet3dEncoder(nn.Module):
+    """Four levels of two convolutions with max pooling between them.
+
+    Args:
+        in_channels: Channels of the image.
+        base_width: Channels of the first convolution, W.
+        norm: Batch norm (pretraining) or group norm (fine-tuning).
+    """
+
+    def __init__(self, in_channels: int = 1, base_width: int = 32, norm: Norm = "batch") -> None:
+        super().__init__()
+        w = base_width
+        self.down64 = _Level(in_channels, w, 2 * w, norm)
+        self.down128 = _Level(2 * w, 2 * w, 4 * w, norm)
+        self.down256 = _Level(4 * w, 4 * w, 8 * w, norm)
+        self.down512 = _Level(8 * w, 8 * w, 16 * w, norm)
+        self.pool = nn.MaxPool3d(2)
+
+    def forward(self, image: Tensor) -> Features:
+        """Encode (B, C, I, J, K)."""
+        skip64 = self.down64(image)
+        skip128 = self.down128(self.pool(skip64))
+        skip256 = self.down256(self.pool(skip128))
+        bottleneck = self.down512(self.pool(skip256))
+        return Features(skip64, skip128, skip256, bottleneck)
+
+
+class UNet3dDecoder(nn.Module):
+    """Three levels of transposed convolution, concatenation with the skip, two convolutions."""
+
+    def __init__(self, base_width: int = 32, norm: Norm = "batch") -> None:
+        super().__init__()
+        w = base_width
+        self.up256 = _UpLevel(16 * w, 8 * w, norm)
+        self.up128 = _UpLevel(8 * w, 4 * w, norm)
+        self.up64 = _UpLevel(4 * w, 2 * w, norm)
+
+    def forward(self, features: Features) -> Tensor:
+        """Decode to the resolution of the image, (B, 2W, I, J, K)."""
+        decoded = self.up256(features.bottleneck, features.skip256)
+        decoded = self.up128(decoded, features.skip128)
+        up64: Tensor = self.up64(decoded, features.skip64)
+        return up64
+
+
+class UNet3d(nn.Module):
+    """Encoder, decoder and a 1x1x1 convolution; the output has no activation.
+
+    Args:
+        in_channels: Channels of the image.
+        out_channels: Channels of the output: 1 to reconstruct, 1 + number of labels to segment.
+        base_width: Channels of the first convolution, W.
+        norm: Batch norm (pretraining) or group norm (fine-tuning).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        base_width: int = 32,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        self.encoder = UNet3dEncoder(in_channels, base_width, norm)
+        self.decoder = UNet3dDecoder(base_width, norm)
+        self.out = nn.Conv3d(2 * base_width, out_channels, kernel_size=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map (B, in_channels, I, J, K) to (B, out_channels, I, J, K)."""
+        out: Tensor = self.out(self.decoder(self.encoder(image)))
+        return out
+
+
+def pooled(bottleneck: Tensor) -> Tensor:
+    """Global average pooling, (B, C, I, J, K) to (B, C).
+
+    A plain mean: the backward pass of adaptive pooling is not deterministic on CUDA.
+    """
+    return bottleneck.mean(dim=(2, 3, 4))
+
+
+class _ConvNormReLU(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm = _make_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+class _Level(nn.Module):
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.first = _ConvNormReLU(in_channels, mid_channels, norm)
+        self.second = _ConvNormReLU(mid_channels, out_channels, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x))
+        return out
+
+
+class _UpLevel(nn.Module):
+    def __init__(self, in_channels: int, skip_channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(in_channels, in_channels, kernel_size=2, stride=2)
+        self.convs = _Level(in_channels + skip_channels, skip_channels, skip_channels, norm)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        out: Tensor = self.convs(torch.cat([self.up(x), skip], dim=1))
+        return out
+
+
+def _make_norm(norm: Norm, channels: int) -> nn.Module:
+    if norm == "batch":
+        return nn.BatchNorm3d(channels)
+    # Narrow networks have levels of fewer than eight channels.
+    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels), channels)

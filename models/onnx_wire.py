@@ -1,0 +1,80 @@
+"""Whether an ONNX file wants tensors from other files, told without the onnx package.
+
+External data is a path that the runtime opens by itself, past the bundle's digests, so it is
+refused before the runtime sees the model. This walks the protobuf wire format (tag = field << 3 |
+type) along the few messages of onnx.proto that lead to a TensorProto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+
+# message -> field number -> message in that field (onnx.proto)
+_PATHS: dict[str, dict[int, str]] = {
+    "Model": {7: "Graph", 25: "Function"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Node": {5: "Attribute"},
+    "Attribute": {
+        5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor",
+    },
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+}  # fmt: skip
+
+
+def has_external_data(model: bytes) -> bool:
+    """Whether any tensor of the model lies in another file.
+
+    Raises:
+        ValueError: The bytes are no protobuf message.
+    """
+    return _has_external_data(memoryview(model), "Model")
+
+
+def _has_external_data(message: memoryview, kind: str) -> bool:
+    if kind == "Tensor":
+        return any(
+            field == _TENSOR_EXTERNAL_DATA or (field == _TENSOR_DATA_LOCATION and value != 0)
+            for field, value in _fields(message)
+        )
+    paths = _PATHS[kind]
+    return any(
+        _has_external_data(value, paths[field])
+        for field, value in _fields(message)
+        if field in paths and isinstance(value, memoryview)
+    )
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Field numbers with a number, or with the bytes of a string or message."""
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        field, wire_type = tag >> 3, tag & 7
+        if wire_type == _VARINT:
+            number, position = _varint(message, position)
+            yield field, number
+            continue
+        if wire_type == _BYTES:
+            size, position = _varint(message, position)
+        elif wire_type in (_FIXED32, _FIXED64):
+            size = 4 if wire_type == _FIXED32 else 8
+        else:
+            raise ValueError(f"no protobuf message: wire type {wire_type}")
+        if position + size > len(message):
+            raise ValueError("no protobuf message: it ends inside a field")
+        yield field, message[position : position + size]
+        position += size
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    """A number of up to ten bytes, seven bits each, and the position after it."""
+    number = 0
+    for count, byte in enumerate(message[position : position + 10]):
+        number |= (byte & 0x7F) << (7 * count)
+        if byte < 0x80:
+            return number, position + count + 1
+    raise ValueError("no protobuf message: a number does not end")

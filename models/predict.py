@@ -1,0 +1,193 @@
+"""Run a model on a whole volume: a mask on the volume's own grid, or one embedding.
+
+Finished planes of logits are brought to the volume's grid and reduced to uint8 as soon as the
+windows have passed them (`models.blend`); logits are never held for the whole volume.
+
+B batch, E embedding, I J K voxels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imaging.volume import Volume
+from models.blend import (
+    Counter,
+    PlaneResampler,
+    Progress,
+    Stopped,
+    batch_size,
+    blended_slabs,
+    chunks,
+    shape_of,
+    window,
+)
+from models.bundle import BundleError
+from models.preprocess import prepare
+from models.session import OnnxSession
+from models.tiling import pad, window_starts
+
+__all__ = ["Embedding", "Progress", "Segmentation", "Stopped", "embed", "segment"]
+
+Float32Array = NDArray[np.float32]
+FOREGROUND_ABOVE = 0.05
+"""A voxel this far above air (in network input) counts as body; noise in air stays below it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """A mask with what it amounts to."""
+
+    labels: NDArray[np.uint8]
+    """(I, J, K) on the volume's grid: 0 background, then 1 to n in the order of the manifest."""
+    voxels: dict[str, int]
+    volumes_ml: dict[str, float]
+    num_windows: int
+    timings_s: dict[str, float]
+    """Stages `preprocess`, `infer`, `resample`, and `total`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A volume as one point on the unit sphere."""
+
+    vector: Float32Array
+    """(E,), unit length."""
+    num_windows: int
+    """Windows with a body in them, over which the mean was taken."""
+    timings_s: dict[str, float]
+    """Stages `preprocess`, `infer`, and `total`."""
+
+
+def segment(
+    session: OnnxSession,
+    volume: Volume,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Segmentation:
+    """Label every voxel of a volume.
+
+    Equals MONAI's Gaussian sliding window on the prepared volume, linear resampling of the blended
+    logits to the volume's grid, argmax. Windows that hold nothing but air are all the same to the
+    network, so one run serves them all.
+
+    Args:
+        session: An open segmenter.
+        volume: The scan.
+        progress: Told after every batch.
+        should_stop: Asked before every batch.
+
+    Raises:
+        BundleError: `wrong_model_kind`, or what `OnnxSession.run` raises.
+        Stopped: `should_stop` turned true.
+    """
+    names = session.manifest.labels
+    _require_kind(session, "segmenter")
+    clock = _Clock()
+    with clock.stage("preprocess"):
+        prepared = prepare(volume, session.manifest.preprocessing)
+    labels = np.zeros(volume.shape, dtype=np.uint8)
+    resampler = PlaneResampler(prepared.grid, volume.grid, labels)
+    counter = Counter(progress, should_stop)
+    slabs = blended_slabs(session, prepared, counter)
+    while True:
+        with clock.stage("infer"):
+            slab = next(slabs, None)
+        if slab is None:
+            break
+        with clock.stage("resample"):
+            resampler.add(slab)
+
+    voxels = {name: int(np.count_nonzero(labels == c)) for c, name in enumerate(names, start=1)}
+    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+    volumes_ml = {name: count * voxel_ml for name, count in voxels.items()}
+    return Segmentation(labels, voxels, volumes_ml, counter.total, clock.timings_s())
+
+
+def embed(
+    session: OnnxSession,
+    volume: Volume,
+    *,
+    overlap: float = 0.0,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Embedding:
+    """One unit vector for a volume.
+
+        vector = normalise(sum over windows of body share * embedding(window))
+
+    Windows without body are not run. A volume without any body counts every window alike.
+
+    Args:
+        session: An open encoder.
+        volume: The scan.
+        overlap: Of the windows.
+        progress: Told after every batch.
+        should_stop: Asked before every batch.
+
+    Raises:
+        BundleError: `wrong_model_kind`, `degenerate_embedding` (a zero vector), or what
+            `OnnxSession.run` raises.
+        Stopped: `should_stop` turned true.
+    """
+    _require_kind(session, "encoder")
+    clock = _Clock()
+    with clock.stage("preprocess"):
+        prepared = prepare(volume, session.manifest.preprocessing)
+        patch = session.manifest.patch_size
+        padded = pad(prepared.array, patch, prepared.background)
+        starts = window_starts(shape_of(padded), patch, overlap)
+        threshold = prepared.background + FOREGROUND_ABOVE
+        shares = [float(np.mean(window(padded, start, patch) > threshold)) for start in starts]
+        weighted = [(s, w) for s, w in zip(starts, shares, strict=True) if w > 0]
+        weighted = weighted or [(start, 1.0) for start in starts]
+    counter = Counter(progress, should_stop, len(weighted))
+    total: NDArray[np.float64] = np.zeros(1)
+    with clock.stage("infer"):
+        for chunk in chunks(weighted, batch_size(patch)):
+            counter.before_batch()
+            batch = np.stack([window(padded, start, patch)[None] for start, _ in chunk])
+            is_last = counter.done + len(chunk) == counter.total
+            embeddings = session.run(batch, release_memory=is_last)  # (B, E)
+            weights = np.array([weight for _, weight in chunk])
+            total = total + weights @ embeddings.astype(np.float64)  # (E,)
+            counter.after_batch(len(chunk))
+    length = float(np.linalg.norm(total))
+    if length == 0.0:
+        raise BundleError("degenerate_embedding", "the encoder gives a zero vector for this volume")
+    vector = (total / length).astype(np.float32)
+    return Embedding(vector, len(weighted), clock.timings_s())
+
+
+class _Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._spent: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - begin
+
+    def timings_s(self) -> dict[str, float]:
+        total = time.perf_counter() - self._started
+        return {name: round(spent, 3) for name, spent in (*self._spent.items(), ("total", total))}
+
+
+def _require_kind(session: OnnxSession, kind: str) -> None:
+    if session.manifest.kind != kind:
+        raise BundleError(
+            "wrong_model_kind", f"the model is of kind {session.manifest.kind}, not {kind}"
+        )

@@ -1,0 +1,124 @@
+"""From a scan to network input: one function, used by training and by serving.
+
+Resample first, then scale intensities in place, so that the volume's own resolution is never held
+in floating point. Axes: I J K voxels in RAS+; a prime (I' J' K') is the network's grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imaging.resample import resample, resampled_grid
+from imaging.volume import Array, Grid, Volume
+from models.recipe import Preprocessing, Window, ZScore
+
+Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Network input (I', J', K'), the grid it lies on, and the value that air has in it."""
+
+    array: Float32Array
+    grid: Grid
+    background: float = 0.0
+    """What fills the margins where a volume is smaller than a patch."""
+
+
+def prepare(volume: Volume, spec: Preprocessing) -> Prepared:
+    """Bring a volume to the spacing and the intensities that a network was made for.
+
+    A window maps [low_hu, high_hu] to [0, 1] and clips; air becomes 0. The z-score is
+    (x - mean) / deviation with both taken over the non-zero voxels of the volume's own grid; zero
+    voxels go through the same line (they are not kept at 0), so that a half-filled voxel at the
+    border of the body stays between its neighbours.
+
+    Args:
+        volume: The scan, in RAS+; `spec.orientation` allows no other.
+        spec: From the recipe in training, from the bundle's manifest in serving.
+    """
+    grid = resampled_grid(volume.grid, spec.spacing_mm)
+    array = np.asarray(resample(volume.voxels, volume.grid, grid, order=1), dtype=np.float32)
+    match spec.intensity:
+        case Window(low_hu=low, high_hu=high):
+            array -= np.float32(low)
+            array /= np.float32(high - low)
+            np.clip(array, 0.0, 1.0, out=array)
+            return Prepared(array, grid)
+        case ZScore():
+            mean, deviation = _statistics(volume.voxels)
+            array -= np.float32(mean)
+            array /= np.float32(deviation)
+            return Prepared(array, grid, background=-mean / deviation)
+
+
+def prepare_labels(
+    labels: Array,
+    source: Grid,
+    target: Grid,
+    values: Mapping[str, int],
+    unlisted: Literal["refuse", "background"] = "refuse",
+) -> NDArray[np.uint8]:
+    """Classes 0 (background) to n on the network's grid, from a label volume.
+
+    Each class's mask is resampled linearly and the largest share wins, the lower class in a tie.
+    Not the nearest voxel: serving brings logits back by the same linear rule, so a border lies
+    in training where serving will draw it, and thick slices do not leave stairs. The price is
+    that a lesion thinner than about half a voxel of the target disappears.
+
+    Args:
+        labels: Whole numbers on `source`, (I, J, K); 0 is background.
+        source: Grid of the labels.
+        target: Grid of the prepared image.
+        values: File value of each class, in the order of the network's output.
+        unlisted: Whether values that `values` does not name are an error or background.
+
+    Returns:
+        (I', J', K').
+
+    Raises:
+        ValueError: Wrong shape, or values that are not listed.
+    """
+    if labels.shape != source.shape:
+        raise ValueError(f"labels are {labels.shape}, their grid {source.shape}")
+    if unlisted == "refuse":
+        _refuse_unlisted(labels, values)
+    listed = list(values.values())
+    best = resample(~np.isin(labels, listed), source, target, order=1)
+    classes = np.zeros(target.shape, dtype=np.uint8)
+    for index, value in enumerate(listed, start=1):
+        share = resample(labels == value, source, target, order=1)
+        classes[share > best] = index
+        np.maximum(best, share, out=best)
+    return classes
+
+
+def _refuse_unlisted(labels: Array, values: Mapping[str, int]) -> None:
+    found: set[int] = set()
+    for plane in labels:
+        found.update(np.unique(plane).tolist())
+    unknown = sorted(found - {0, *values.values()})
+    if unknown:
+        names = ", ".join(f"{name} = {value}" for name, value in values.items())
+        raise ValueError(f"label values {unknown} are not listed; expected 0 and {names}")
+
+
+def _statistics(voxels: Array) -> tuple[float, float]:
+    """Mean and deviation over the non-zero voxels, plane by plane; (0, 1) where there are none."""
+    count, total = 0, 0.0
+    for plane in voxels:
+        count += int(np.count_nonzero(plane))
+        total += float(plane.sum(dtype=np.float64))
+    if count == 0:
+        return 0.0, 1.0
+    mean = total / count
+    squares = sum(
+        float(np.square(plane[plane != 0].astype(np.float64) - mean).sum()) for plane in voxels
+    )
+    deviation = float(np.sqrt(squares / count))
+    return mean, deviation if deviation > 0 else 1.0
