@@ -8,14 +8,17 @@ to stop) and `interrupted` (lost its worker; will resume by itself). Terminal st
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
+    Connection,
     DateTime,
     Dialect,
     Engine,
@@ -30,7 +33,11 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    literal,
+    select,
+    tuple_,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -136,7 +143,11 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, list[Any]: JSON}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012  # SQLAlchemy's own form
+        datetime: UtcDateTime,
+        dict[str, Any]: JSON(none_as_null=True),
+        list[Any]: JSON,
+    }
 
 
 class Token(Base):
@@ -365,6 +376,10 @@ class WorkerHeartbeat(Base):
 def connect(url: str) -> Engine:
     """An engine for SQLite (WAL, foreign keys on) or PostgreSQL.
 
+    On SQLite every transaction begins as a writer (BEGIN IMMEDIATE): a transaction that reads
+    first and writes later would fail at once when another wrote in between, whatever the
+    timeout. So keep transactions short: never hold one while a body streams or a child runs.
+
     `hide_parameters` keeps row values out of exceptions and logs (reliability.md, S8).
     """
     if not url.startswith("sqlite"):
@@ -373,11 +388,16 @@ def connect(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # the driver begins nothing by itself
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
 
@@ -385,3 +405,36 @@ def connect(url: str) -> Engine:
 def sessions(engine: Engine) -> sessionmaker[Session]:
     """Sessions whose objects stay readable after the commit."""
     return sessionmaker(engine, expire_on_commit=False)
+
+
+def insert_if_absent(session: Session, table: type[Base], **values: Any) -> None:
+    """Insert a row unless one with its key is there, without failing on a race."""
+    dialect = session.get_bind().dialect.name
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    session.execute(insert(table).values(**values).on_conflict_do_nothing())
+
+
+Row = TypeVar("Row", Run, Volume, Dataset)
+Cursor = tuple[datetime, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Row]):
+    """Some rows, newest first, and where the next page begins (None at the end)."""
+
+    items: Sequence[Row]
+    next: Cursor | None
+
+
+def page(
+    session: Session, table: type[Row], *where: Any, size: int = 50, after: Cursor | None = None
+) -> Page[Row]:
+    """Rows of a table by (created_at, id), newest first; `after` is the last page's `next`."""
+    key = tuple_(table.created_at, table.id)
+    statement = select(table).where(*where)
+    if after is not None:
+        statement = statement.where(key < tuple_(literal(after[0], UtcDateTime()), after[1]))
+    statement = statement.order_by(table.created_at.desc(), table.id.desc()).limit(size + 1)
+    rows = session.scalars(statement).all()
+    more = len(rows) > size
+    return Page(rows[:size], (rows[size - 1].created_at, rows[size - 1].id) if more else None)

@@ -1,0 +1,173 @@
+"""`pcrl`: the service's processes, and a client of its REST API.
+
+Server commands (`up`, `api`, `worker`, `upkeep`, `migrate`, `token`, `doctor`) read `PCRL_`
+settings; client commands (`upload`, `dataset`, `pretrain`, `finetune`, `runs`, `models`, `segment`,
+`embed`) talk to `PCRL_URL` with `PCRL_TOKEN`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from service import cli_client, migrate
+from service.process import stop_with_parent
+from service.settings import Settings, get_settings
+
+app = typer.Typer(
+    name="pcrl",
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+cli_client.add_commands(app)
+console = Console()
+
+
+@app.command()
+def up(
+    port: Annotated[int | None, typer.Option(help="Port of the API.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of everything.")] = None,
+) -> None:
+    """Start the embedded stack (API, workers, upkeep) until Ctrl-C."""
+    from service.stack import Stack, StackError
+
+    chosen = {"port": port, "data_dir": data_dir}
+    settings = Settings(**{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+    stack = Stack(settings)
+    console.print(f"starting in {settings.data_dir} ...")
+    try:
+        with stack:
+            if stack.admin_token is not None:
+                console.print(
+                    "The first admin token, shown this once:\n\n"
+                    f"  export PCRL_TOKEN={stack.admin_token}\n",
+                    soft_wrap=True,
+                )
+            console.print(f"ready at {stack.url}; logs in {stack.log_dir}; Ctrl-C stops everything")
+            stack.supervise()
+    except KeyboardInterrupt:
+        console.print("stopped")
+    except StackError as error:
+        sys.exit(str(error))
+
+
+@app.command()
+def api() -> None:
+    """Serve the REST API."""
+    import uvicorn
+
+    from service.app import create_app
+    from service.auth import ensure_admin_token
+    from service.db import connect, sessions
+
+    settings = get_settings()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    engine = connect(settings.database_url)
+    with sessions(engine)() as session:
+        token = ensure_admin_token(session, settings)
+    engine.dispose()
+    if token is not None:
+        print(f"The first admin token, shown this once: {token}", flush=True)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level.lower(),
+        access_log=False,  # the app writes its own, without query strings
+        server_header=False,
+        timeout_graceful_shutdown=30,
+    )
+
+
+@app.command()
+def worker(
+    queue: Annotated[Literal["inference", "train"], typer.Option(help="What it works on.")],
+) -> None:
+    """Work on a queue: `inference` (resident models) or `train` (one training at a time)."""
+    from service.celery_app import worker_command
+
+    command = worker_command(queue, settings=get_settings())
+    os.execv(command[0], command)  # noqa: S606 - our own command; signals reach Celery itself
+
+
+@app.command()
+def upkeep() -> None:
+    """Ring for waiting runs, take back lost ones, sweep what was left over."""
+    from service.upkeep import run
+
+    run(get_settings())
+
+
+@app.command("migrate")
+def migrate_command(
+    revision: Annotated[str, typer.Option(help="Alembic revision.")] = "head",
+) -> None:
+    """Bring the database to this version's tables."""
+    migrate.upgrade(get_settings().database_url, revision)
+    print("the database is up to date")
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Whom or what it is for.")],
+    role: Annotated[
+        Literal["viewer", "annotator", "researcher", "admin"], typer.Option(help="What it may do.")
+    ] = "researcher",
+    days: Annotated[int | None, typer.Option(help="Valid for so many days; else for ever.")] = None,
+) -> None:
+    """Make an API token in this installation's database and print it, once."""
+    from service.auth import Role, create_token
+    from service.db import connect, sessions
+
+    expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
+    with sessions(connect(get_settings().database_url))() as session:
+        _, secret = create_token(session, name, Role(role), expires)
+        session.commit()
+    print(secret)
+
+
+@app.command()
+def doctor() -> None:
+    """Print the settings in force and check what the service needs; status 1 where it lacks."""
+    from service.doctor import examine
+
+    settings = get_settings()
+    table = Table("setting", "value", title="Settings")
+    for name in Settings.model_fields:
+        table.add_row(f"PCRL_{name.upper()}", settings.shown(name))
+    console.print(table)
+    findings = examine(settings)
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.is_ok else "[red]no[/]"
+        console.print(f"{mark}  {finding.what}: {finding.detail}", highlight=False)
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of `pcrl`."""
+    if supervisor := os.environ.pop("PCRL_SUPERVISOR_PID", None):
+        stop_with_parent(int(supervisor))
+    try:
+        app()
+    except ValidationError as error:
+        # A wrong setting: name it, never its value.
+        for fault in error.errors(include_input=False, include_url=False):
+            where = "_".join(str(part) for part in fault["loc"]).upper()
+            print(f"PCRL_{where}: {fault['msg']}" if where else fault["msg"], file=sys.stderr)
+        sys.exit(64)
+
+
+if __name__ == "__main__":
+    main()

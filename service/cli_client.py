@@ -1,0 +1,277 @@
+"""The commands of `pcrl` that use the REST API, as any other client would."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from service.client import ApiError, Client
+from service.schemas import Event, Run
+
+console = Console()
+errors = Console(stderr=True)
+
+Url = Annotated[
+    str, typer.Option("--url", envvar="PCRL_URL", help="Address of the service.", show_envvar=True)
+]
+Secret = Annotated[
+    str, typer.Option("--token", envvar="PCRL_TOKEN", help="API token.", show_envvar=True)
+]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the client commands to `app`."""
+    for command in (upload, dataset, pretrain, finetune, runs, cancel, models, alias, segment):
+        app.command()(command)
+    app.command()(embed)
+
+
+def upload(
+    paths: Annotated[list[Path], typer.Argument(help="NIfTI, DICOM file or zip of DICOM.")],
+    kind: Annotated[Literal["image", "labels"], typer.Option(help="What the file holds.")] = (
+        "image"
+    ),
+    subject: Annotated[str | None, typer.Option(help="Pseudonym of the patient.")] = None,
+    series_uid: Annotated[str | None, typer.Option(help="Which series of several.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Upload scans or label volumes; prints an id a line."""
+    with _client(url, token) as client:
+        for path in paths:
+            with upload_progress(path) as advance:
+                volume = client.upload(
+                    path, kind=kind, subject=subject, series_uid=series_uid, on_progress=advance
+                )
+            console.print(volume.id, highlight=False)
+
+
+def dataset(
+    name: Annotated[str, typer.Argument(help="A name for people.")],
+    items: Annotated[
+        list[str], typer.Argument(help="Volume ids; `vol_image:vol_labels` where labelled.")
+    ],
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Make a dataset of uploaded volumes, split by subject; prints its id."""
+    with _client(url, token) as client:
+        pairs = [item.partition(":") for item in items]
+        made = client.create_dataset(name, [(image, labels or None) for image, _, labels in pairs])
+        console.print(made.id, highlight=False)
+
+
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, JSON.")],
+    dataset_id: Annotated[str, typer.Option("--dataset", help="Dataset id.")],
+    model: Annotated[str, typer.Option(help="Name of the model that will come of it.")],
+    wait: Annotated[bool, typer.Option(help="Watch until it ends.")] = True,
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Pretrain an encoder on a dataset's scans."""
+    with _client(url, token) as client:
+        run = client.pretrain(dataset_id, _json(recipe), model_name=model)
+        _follow(client, run, wait=wait)
+
+
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, JSON.")],
+    dataset_id: Annotated[str, typer.Option("--dataset", help="Dataset id.")],
+    model: Annotated[str, typer.Option(help="Name of the model that will come of it.")],
+    parent: Annotated[
+        str | None, typer.Option(help="Encoder to start from: models:/name@alias, or a run id.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Watch until it ends.")] = True,
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Fine-tune a segmentation model on a dataset's labels."""
+    with _client(url, token) as client:
+        run = client.finetune(dataset_id, _json(recipe), model_name=model, parent=parent)
+        _follow(client, run, wait=wait)
+
+
+def runs(
+    run_id: Annotated[str | None, typer.Argument(help="One run; else the newest.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """List runs, or show one."""
+    with _client(url, token) as client:
+        if run_id is not None:
+            console.print_json(client.run(run_id).model_dump_json())
+            return
+        table = Table("run", "kind", "state", "progress", "model", "error")
+        for run in client.runs():
+            done = f"{run.progress.fraction or 0:.0%}" if run.progress else ""
+            code = run.error.code if run.error else ""
+            table.add_row(run.id, run.kind, run.state, done, run.model_name or "", code)
+        console.print(table)
+
+
+def cancel(
+    run_id: Annotated[str, typer.Argument(help="The run.")],
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Ask a run to stop."""
+    with _client(url, token) as client:
+        console.print(client.cancel(run_id).state)
+
+
+def models(url: Url = DEFAULT_URL, token: Secret = "") -> None:
+    """List models with their versions and aliases."""
+    with _client(url, token) as client:
+        table = Table("model", "kind", "version", "aliases", "digest")
+        for summary in client.models():
+            model = client.model(summary.name)
+            for version in model.versions:
+                aliases = [a.alias for a in model.aliases if a.version == version.version]
+                table.add_row(
+                    model.name,
+                    model.kind,
+                    str(version.version),
+                    ", ".join(aliases),
+                    version.digest[:12],
+                )
+        console.print(table)
+
+
+def alias(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    name: Annotated[str, typer.Argument(help="The alias, for example champion.")],
+    version: Annotated[int, typer.Argument(help="The version it shall name.")],
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Point an alias at a version of a model."""
+    with _client(url, token) as client:
+        client.set_alias(model, name, version)
+        console.print(f"models:/{model}@{name} is version {version}")
+
+
+def segment(
+    volume_id: Annotated[str, typer.Argument(help="The uploaded volume.")],
+    model: Annotated[str, typer.Option(help="models:/name@alias, name/version or name.")],
+    mask: Annotated[Path | None, typer.Option(help="Where to put the mask (.nii.gz).")] = None,
+    preview: Annotated[Path | None, typer.Option(help="Where to put the overlay (.png).")] = None,
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Segment a volume; prints the volumes in ml."""
+    with _client(url, token) as client:
+        with run_progress("segment") as show:
+            made = client.segment(volume_id, model, on_event=show)
+        if made.result is None:
+            _fail(made.error.code if made.error else made.state)
+        console.print_json(made.result.model_dump_json())
+        if mask is not None:
+            client.download_mask(made.id, mask)
+        if preview is not None:
+            client.download_preview(made.id, preview)
+
+
+def embed(
+    volume_id: Annotated[str, typer.Argument(help="The uploaded volume.")],
+    model: Annotated[str, typer.Option(help="models:/name@alias, name/version or name.")],
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Embed a volume; prints the vector as JSON."""
+    with _client(url, token) as client:
+        with run_progress("embed") as show:
+            made = client.embed(volume_id, model, on_event=show)
+        if made.result is None:
+            _fail(made.error.code if made.error else made.state)
+        console.print(json.dumps(list(made.result.vector)), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def upload_progress(path: Path) -> Iterator[Callable[[int], None]]:
+    """A bar of the bytes of a file that were sent; yields what takes their total so far."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=errors
+    ) as progress:
+        task = progress.add_task(path.name, total=path.stat().st_size)
+        yield lambda sent: progress.update(task, completed=sent)
+
+
+@contextmanager
+def run_progress(title: str) -> Iterator[Callable[[Event], None]]:
+    """A bar that follows a run's events, with its newest loss or Dice beside it."""
+    with Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=errors,
+    ) as progress:
+        task = progress.add_task(title, total=1.0, note="")
+
+        def show(event: Event) -> None:
+            if event.type == "progress":
+                note = str(event.data.get("stage", ""))
+                progress.update(task, completed=event.data.get("fraction") or 0.0, note=note)
+            elif event.type == "metric":
+                values: dict[str, float] = event.data.get("values", {})
+                shown = [name for name in values if name == "loss" or name.startswith("dice")]
+                if shown:
+                    note = "  ".join(f"{name} {values[name]:.3f}" for name in shown)
+                    progress.update(task, note=note)
+            elif event.type == "state":
+                is_done = event.data.get("state") == "succeeded"
+                done: dict[str, Any] = {"completed": 1.0} if is_done else {}
+                progress.update(task, note=str(event.data.get("state")), **done)
+
+        yield show
+
+
+@contextmanager
+def _client(url: str, token: str) -> Iterator[Client]:
+    """A client whose refusals end the command with one line."""
+    if not token:
+        _fail("no token: set PCRL_TOKEN or give --token (`pcrl token NAME` makes one)")
+    try:
+        with Client(url, token) as client:
+            yield client
+    except ApiError as error:
+        _fail(f"{error.code}: {error.detail}")
+
+
+def _follow(client: Client, run: Run, *, wait: bool) -> None:
+    console.print(run.id, highlight=False)
+    if not wait:
+        return
+    with run_progress(run.kind) as show:
+        ended = client.wait(run.id, on_event=show)
+    if ended.state != "succeeded":
+        _fail(f"{ended.state}: {ended.error.code}: {ended.error.detail}" if ended.error else "")
+    if ended.model is not None:
+        console.print(f"models:/{ended.model.name}/{ended.model.version}", highlight=False)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _fail(f"{path}: {error}")
+    if not isinstance(value, dict):
+        _fail(f"{path}: a recipe is a JSON object")
+    return value
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print(message, style="red", highlight=False, soft_wrap=True)
+    raise typer.Exit(os.EX_DATAERR)

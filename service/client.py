@@ -1,0 +1,469 @@
+"""The REST API as typed methods, over httpx: for the command line, the demo, and scripts.
+
+It answers with the same frozen models as the API. A refusal is an `ApiError` with the problem's
+code. Creating calls carry an `Idempotency-Key`, so a connection that breaks is tried again safely.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from service import schemas
+
+TERMINAL = frozenset({"succeeded", "failed", "canceled"})
+CHUNK_BYTES = 1 << 20
+NUM_TRIES = 4
+TRANSIENT = frozenset({502, 503, 504})
+POLL_S = 1.0
+STREAM_TIMEOUT_S = 45.0
+"""Three times the pause between the stream's pings."""
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+Shown = TypeVar("Shown", bound=BaseModel)
+OnEvent = Callable[[schemas.Event], None]
+Item = tuple[str, str | None] | tuple[str, str | None, str | None]
+"""Image id, labels id or None, and perhaps the split."""
+
+
+class ApiError(Exception):
+    """The service refused a request, or did not answer.
+
+    Args:
+        status: HTTP status; 0 if there was no answer.
+        code: The problem's code; `unreachable` if there was no answer.
+        detail: What was found and what was expected.
+        problem: The whole problem document.
+    """
+
+    def __init__(
+        self, status: int, code: str, detail: str, problem: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(f"{code} ({status}): {detail}")
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.problem = dict(problem or {})
+
+
+class Client:
+    """One service and one token; a context manager. Safe to use from several threads."""
+
+    def __init__(self, base_url: str, token: str, *, timeout_s: float = 60.0) -> None:
+        url = httpx.URL(base_url)
+        self._timeout_s = timeout_s
+        self._http = httpx.Client(
+            base_url=url.copy_with(path=url.path.rstrip("/") + "/api/v1/"),
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=timeout_s,
+            trust_env=url.host not in LOOPBACK,  # no proxy on the way to this machine
+        )
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connections."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def capabilities(self) -> schemas.Capabilities:
+        """What the service can do, and the token's role."""
+        return self._get("capabilities", schemas.Capabilities)
+
+    # Volumes and datasets
+
+    def upload(
+        self,
+        path: Path,
+        *,
+        kind: Literal["image", "labels"] = "image",
+        subject: str | None = None,
+        series_uid: str | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> schemas.Volume:
+        """Stream a scan to the service.
+
+        Args:
+            path: NIfTI, zip of DICOM, or a multi-frame DICOM file.
+            kind: What its voxels are.
+            subject: A pseudonym of the patient.
+            series_uid: Which series of an archive with several.
+            on_progress: Told the number of bytes sent so far.
+        """
+        wanted = {"kind": kind, "subject": subject, "series_uid": series_uid}
+        answer = self._once(
+            "POST",
+            "volumes",
+            params={name: value for name, value in wanted.items() if value is not None},
+            content=_chunks(path, on_progress),
+            headers={
+                "Content-Type": "application/octet-stream",
+                "Content-Length": str(path.stat().st_size),
+            },
+            timeout=httpx.Timeout(self._timeout_s, read=None),  # reading a scan takes a while
+        )
+        return schemas.Volume.model_validate_json(answer.content)
+
+    def volume(self, volume_id: str) -> schemas.Volume:
+        """A volume by id."""
+        return self._get(f"volumes/{volume_id}", schemas.Volume)
+
+    def volumes(self, **filters: str) -> list[schemas.Volume]:
+        """Every volume, newest first; filters are `kind` and `subject`."""
+        return list(self._pages("volumes", schemas.VolumePage, filters))
+
+    def download_volume(
+        self, volume_id: str, path: Path, *, format: Literal["nifti", "original"] = "nifti"
+    ) -> None:
+        """Save a volume's file."""
+        self._download(f"volumes/{volume_id}/file?format={format}", path)
+
+    def delete_volume(self, volume_id: str) -> None:
+        """Delete a volume that nothing refers to."""
+        self._once("DELETE", f"volumes/{volume_id}")
+
+    def create_dataset(
+        self, name: str, items: Sequence[Item], *, split: schemas.SplitCreate | None = None
+    ) -> schemas.Dataset:
+        """Make a dataset of volumes with labels."""
+        body = {
+            "name": name,
+            "items": [
+                dict(zip(("volume_id", "labels_id", "split"), item, strict=False)) for item in items
+            ],
+            "split": split.model_dump(mode="json") if split is not None else None,
+        }
+        return self._create("datasets", body, schemas.Dataset)
+
+    def dataset(self, dataset_id: str) -> schemas.Dataset:
+        """A dataset by id."""
+        return self._get(f"datasets/{dataset_id}", schemas.Dataset)
+
+    def datasets(self) -> list[schemas.DatasetSummary]:
+        """Every dataset, newest first, without items."""
+        return list(self._pages("datasets", schemas.DatasetPage, {}))
+
+    def delete_dataset(self, dataset_id: str) -> None:
+        """Delete a dataset that no run refers to."""
+        self._once("DELETE", f"datasets/{dataset_id}")
+
+    # Runs
+
+    def pretrain(
+        self, dataset_id: str, recipe: Mapping[str, Any] | BaseModel, *, model_name: str
+    ) -> schemas.Run:
+        """Start a pretraining."""
+        body = {"dataset_id": dataset_id, "recipe": _plain(recipe), "model_name": model_name}
+        return self._create("runs", {"kind": "pretrain", **body}, schemas.Run)
+
+    def finetune(
+        self,
+        dataset_id: str,
+        recipe: Mapping[str, Any] | BaseModel,
+        *,
+        model_name: str,
+        parent: str | None = None,
+    ) -> schemas.Run:
+        """Start a fine-tuning, from a parent (a model, or the run of one) or from nothing."""
+        body = {
+            "kind": "finetune",
+            "dataset_id": dataset_id,
+            "recipe": _plain(recipe),
+            "model_name": model_name,
+            "parent": parent,
+        }
+        return self._create("runs", body, schemas.Run)
+
+    def run(self, run_id: str) -> schemas.Run:
+        """A run of any kind."""
+        return self._get(f"runs/{run_id}", schemas.Run)
+
+    def runs(self, *, limit: int = 50, **filters: str) -> list[schemas.Run]:
+        """The newest runs; filters are `kind`, `state` and `dataset_id`."""
+        page_size = str(min(limit, 500))
+        pages = self._pages("runs", schemas.RunPage, {"page_size": page_size, **filters})
+        return [run for run, _ in zip(pages, range(limit), strict=False)]
+
+    def metrics(self, run_id: str) -> schemas.RunMetrics:
+        """The curves of a run."""
+        return self._get(f"runs/{run_id}/metrics", schemas.RunMetrics)
+
+    def cancel(self, run_id: str) -> schemas.Run:
+        """Ask a run of any kind to end."""
+        collection = {"seg": "segmentations", "emb": "embeddings"}.get(run_id[:3], "runs")
+        self._once("POST", f"{collection}/{run_id}:cancel")
+        return self.run(run_id)
+
+    def wait(
+        self, run_id: str, on_event: OnEvent | None = None, *, timeout_s: float | None = None
+    ) -> schemas.Run:
+        """Follow a run to its end, through breaks of the connection.
+
+        Events come by stream; where none gets through (some proxies hold them back), by asking.
+
+        Args:
+            run_id: A run of any kind.
+            on_event: Told every event once, in order.
+            timeout_s: How long to wait; for ever without it.
+
+        Raises:
+            ApiError: `timeout` after `timeout_s`, or what the service refused with.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        after, num_broken = 0, 0
+        while True:
+            before = after
+            try:
+                if num_broken < NUM_TRIES:
+                    for event in self._stream(run_id, after, deadline):
+                        after = event.id
+                        _tell(on_event, event)
+                else:
+                    for event in self._listed(run_id, after):
+                        after = event.id
+                        _tell(on_event, event)
+                    time.sleep(POLL_S)
+                run = self.run(run_id)
+            except ApiError as error:
+                if error.status and error.status not in TRANSIENT:
+                    raise
+                num_broken = num_broken + 1 if after == before else 0
+                if num_broken > 2 * NUM_TRIES:
+                    raise
+                if deadline is None or time.monotonic() < deadline:
+                    time.sleep(min(2.0**num_broken * 0.1, 5.0))
+            else:
+                if num_broken < NUM_TRIES:  # a stream that ends early and empty is a broken one
+                    num_broken = num_broken + 1 if after == before else 0
+                if run.state in TERMINAL:
+                    for event in self._listed(run_id, after):
+                        _tell(on_event, event)
+                    return run
+            if deadline is not None and time.monotonic() > deadline:
+                raise ApiError(0, "timeout", f"the run has not ended within {timeout_s:.0f} s")
+
+    # Models
+
+    def models(self) -> list[schemas.ModelSummary]:
+        """Every model by name, without versions."""
+        return list(self._pages("models", schemas.ModelPage, {}))
+
+    def model(self, name: str) -> schemas.Model:
+        """A model with its versions and aliases."""
+        return self._get(f"models/{name}", schemas.Model)
+
+    def model_version(self, name: str, version: int) -> schemas.ModelVersion:
+        """One version with its manifest."""
+        return self._get(f"models/{name}/versions/{version}", schemas.ModelVersion)
+
+    def set_alias(
+        self, name: str, alias: str, version: int, *, revision: int | None = None
+    ) -> schemas.Alias:
+        """Point an alias at a version; with `revision`, only if it still has that one."""
+        headers = {"If-Match": f'"{revision}"'} if revision is not None else {}
+        path = f"models/{name}/aliases/{alias}"
+        answer = self._once("PUT", path, json={"version": version}, headers=headers)
+        return schemas.Alias.model_validate_json(answer.content)
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        """Remove an alias."""
+        self._once("DELETE", f"models/{name}/aliases/{alias}")
+
+    def download_bundle(self, name: str, version: int, path: Path) -> None:
+        """Save a model as a zip archive."""
+        self._download(f"models/{name}/versions/{version}/bundle", path)
+
+    # Inference
+
+    def segment(
+        self,
+        volume_id: str,
+        model: str,
+        *,
+        wait: bool = True,
+        on_event: OnEvent | None = None,
+    ) -> schemas.Segmentation:
+        """Segment a volume, and wait for the end unless told otherwise."""
+        body = {"volume_id": volume_id, "model": model}
+        made = self._create("segmentations", body, schemas.Segmentation)
+        if not wait:
+            return made
+        self.wait(made.id, on_event)
+        return self.segmentation(made.id)
+
+    def segmentation(self, segmentation_id: str) -> schemas.Segmentation:
+        """A segmentation by id."""
+        return self._get(f"segmentations/{segmentation_id}", schemas.Segmentation)
+
+    def download_mask(self, segmentation_id: str, path: Path) -> None:
+        """Save the mask (.nii.gz on the grid of the scan as sent)."""
+        self._download(f"segmentations/{segmentation_id}/mask", path)
+
+    def download_preview(self, segmentation_id: str, path: Path) -> None:
+        """Save the preview picture (PNG)."""
+        self._download(f"segmentations/{segmentation_id}/preview", path)
+
+    def embed(
+        self,
+        volume_id: str,
+        model: str,
+        *,
+        wait: bool = True,
+        on_event: OnEvent | None = None,
+    ) -> schemas.Embedding:
+        """Embed a volume, and wait for the end unless told otherwise."""
+        body = {"volume_id": volume_id, "model": model}
+        made = self._create("embeddings", body, schemas.Embedding)
+        if not wait:
+            return made
+        self.wait(made.id, on_event)
+        return self.embedding(made.id)
+
+    def embedding(self, embedding_id: str) -> schemas.Embedding:
+        """An embedding by id."""
+        return self._get(f"embeddings/{embedding_id}", schemas.Embedding)
+
+    # How it is said
+
+    def _get(self, path: str, shape: type[Shown], params: Mapping[str, str] | None = None) -> Shown:
+        return shape.model_validate_json(self._again("GET", path, params=params).content)
+
+    def _pages(
+        self, path: str, shape: type[schemas.Page[Any]], filters: Mapping[str, str]
+    ) -> Iterator[Any]:
+        params = dict(filters)
+        while True:
+            page = self._get(path, shape, params)
+            yield from page.items
+            if page.next_page_token is None:
+                return
+            params["page_token"] = page.next_page_token
+
+    def _create(self, path: str, body: Mapping[str, Any], shape: type[Shown]) -> Shown:
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        answer = self._again("POST", path, json=body, headers=headers)
+        return shape.model_validate_json(answer.content)
+
+    def _again(self, method: str, path: str, **how: Any) -> httpx.Response:
+        """Send what may be sent twice; try again when nothing, or nobody, answers."""
+        for number in range(NUM_TRIES):
+            try:
+                return self._once(method, path, **how)
+            except ApiError as error:
+                is_transient = error.status in TRANSIENT or error.code == "unreachable"
+                if not is_transient or number == NUM_TRIES - 1:
+                    raise
+                time.sleep(0.25 * 2**number)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _once(self, method: str, path: str, **how: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, path, **how)
+        except httpx.TransportError as error:
+            raise _unreachable(error) from error
+        _check(answer)
+        return answer
+
+    def _download(self, path: str, target: Path) -> None:
+        """Save an answer; a file that broke off never gets its final name."""
+        draft = target.with_name(f".{target.name}.part")
+        try:
+            with self._http.stream("GET", path) as answer:
+                if answer.is_error:
+                    answer.read()
+                _check(answer)
+                with draft.open("wb") as file:
+                    for chunk in answer.iter_bytes(CHUNK_BYTES):
+                        file.write(chunk)
+            draft.replace(target)
+        except httpx.TransportError as error:
+            raise _unreachable(error) from error
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _stream(self, run_id: str, after: int, deadline: float | None) -> Iterator[schemas.Event]:
+        """Events after `after` by server-sent events, until the run ends or the time is up."""
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        left_s = STREAM_TIMEOUT_S if deadline is None else deadline - time.monotonic()
+        read_s = min(max(left_s, 0.1), STREAM_TIMEOUT_S)
+        timeout = httpx.Timeout(self._timeout_s, read=read_s)
+        try:
+            with self._http.stream(
+                "GET", f"runs/{run_id}/events", headers=headers, timeout=timeout
+            ) as answer:
+                if answer.is_error:
+                    answer.read()
+                _check(answer)
+                for line in answer.iter_lines():
+                    name, _, value = line.partition(": ")
+                    if name == "data":
+                        yield schemas.Event.model_validate_json(value)
+                    if deadline is not None and time.monotonic() > deadline:
+                        return
+        except httpx.TransportError as error:
+            raise _unreachable(error) from error
+
+    def _listed(self, run_id: str, after: int) -> Iterator[schemas.Event]:
+        """Events after `after` by asking, as many as there are now."""
+        while True:
+            path, params = f"runs/{run_id}/events", {"after": str(after)}
+            headers = {"Accept": "application/json"}
+            answer = self._again("GET", path, params=params, headers=headers)
+            found = schemas.Events.model_validate_json(answer.content).events
+            if not found:
+                return
+            yield from found
+            after = found[-1].id
+
+
+def _tell(on_event: OnEvent | None, event: schemas.Event) -> None:
+    if on_event is not None:
+        on_event(event)
+
+
+def _chunks(path: Path, on_progress: Callable[[int], None] | None) -> Iterator[bytes]:
+    sent = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+            sent += len(chunk)
+            if on_progress is not None:
+                on_progress(sent)
+
+
+def _plain(recipe: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
+    return recipe.model_dump(mode="json") if isinstance(recipe, BaseModel) else dict(recipe)
+
+
+def _check(answer: httpx.Response) -> None:
+    if not answer.is_error:
+        return
+    try:
+        found = schemas.Problem.model_validate_json(answer.content)
+    except ValueError:  # not from the service: a proxy's page
+        raise ApiError(
+            answer.status_code, "no_problem", f"HTTP {answer.status_code} without a problem"
+        ) from None
+    findings = "".join(f"; {one.pointer}: {one.message}" for one in found.errors or ())
+    raise ApiError(found.status, found.code, found.detail + findings, found.model_dump(mode="json"))
+
+
+def _unreachable(error: httpx.TransportError) -> ApiError:
+    return ApiError(0, "unreachable", f"the service does not answer ({type(error).__name__})")

@@ -1,0 +1,277 @@
+"""Datasets: immutable, hashed lists of volumes with labels, split by subject.
+
+Labels must lie on their image's grid, and a subject is in one split only: a patient who is in the
+training set and in the test set would make the test worthless.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from service import volumes
+from service.db import Cursor, Dataset, DatasetItem, Page, Run, Volume, new_id, page
+from service.errors import ServiceError
+
+SPLITS = ("train", "val", "test")
+GEOMETRY_TOLERANCE_MM = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A volume, perhaps with labels, perhaps with the split that the caller wants."""
+
+    volume_id: str
+    labels_id: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Shares of subjects; they are scaled to sum to one."""
+
+    train: float = 0.7
+    val: float = 0.1
+    test: float = 0.2
+    seed: int = 0
+
+
+def create(
+    session: Session,
+    *,
+    name: str,
+    items: Sequence[Item],
+    split: Split = Split(),
+    principal: str,
+) -> Dataset:
+    """Make a dataset; the caller commits.
+
+    Raises:
+        ServiceError: 404 `not_found` (a volume), 422 `wrong_volume_kind`,
+            `label_shape_mismatch`, `label_geometry_mismatch`, `split_leaks_subject`,
+            `invalid_request` (no item, a volume twice).
+    """
+    images = [volumes.get(session, item.volume_id, kind="image") for item in items]
+    if not items or len({image.id for image in images}) < len(images):
+        raise ServiceError(
+            422, "invalid_request", "a dataset has at least one volume, and each of them once"
+        )
+    labels = [
+        volumes.get(session, item.labels_id, kind="labels") if item.labels_id else None
+        for item in items
+    ]
+    for image, label in zip(images, labels, strict=True):
+        if label is not None:
+            check_labels(image, label)
+    split_of = _splits(items, images, split)
+    rows = [
+        DatasetItem(
+            position=position,
+            volume_id=image.id,
+            labels_id=label.id if label is not None else None,
+            subject=image.subject,
+            split=split_of[image.subject],
+        )
+        for position, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+    dataset = Dataset(
+        id=new_id("ds"),
+        name=name,
+        digest=_digest(zip(rows, images, labels, strict=True)),
+        created_by=principal,
+    )
+    session.add(dataset)
+    session.flush()
+    for row in rows:
+        row.dataset_id = dataset.id
+    session.add_all(rows)
+    session.flush()
+    return dataset
+
+
+def get(session: Session, dataset_id: str) -> Dataset:
+    """A dataset by id.
+
+    Raises:
+        ServiceError: 404 `not_found`.
+    """
+    dataset = session.get(Dataset, dataset_id)
+    if dataset is None:
+        raise ServiceError(404, "not_found", "no dataset has this id")
+    return dataset
+
+
+def items_of(session: Session, dataset_id: str) -> Sequence[DatasetItem]:
+    """The dataset's items in their order."""
+    return session.scalars(
+        select(DatasetItem)
+        .where(DatasetItem.dataset_id == dataset_id)
+        .order_by(DatasetItem.position)
+    ).all()
+
+
+def listing(session: Session, *, size: int = 50, after: Cursor | None = None) -> Page[Dataset]:
+    """Datasets, newest first."""
+    return page(session, Dataset, size=size, after=after)
+
+
+def delete(session: Session, dataset_id: str) -> None:
+    """Delete a dataset, not its volumes; the caller commits.
+
+    Raises:
+        ServiceError: 404 `not_found`; 409 `dataset_in_use` if runs refer to it.
+    """
+    dataset = get(session, dataset_id)
+    num_runs = session.scalar(
+        select(func.count()).select_from(Run).where(Run.dataset_id == dataset_id)
+    )
+    if num_runs:
+        raise ServiceError(409, "dataset_in_use", f"{num_runs} runs refer to the dataset")
+    session.delete(dataset)
+    try:
+        session.flush()
+    except IntegrityError:  # a run took it meanwhile
+        session.rollback()
+        raise ServiceError(409, "dataset_in_use", "a run refers to the dataset") from None
+
+
+def check_labels(image: Volume, labels: Volume) -> None:
+    """Refuse labels that do not lie on their image's grid.
+
+    Raises:
+        ServiceError: 422 `label_shape_mismatch` or `label_geometry_mismatch`, with what was
+            found and what was expected (shape, or affine in mm).
+    """
+    if labels.shape != image.shape:
+        raise ServiceError(
+            422,
+            "label_shape_mismatch",
+            f"labels {labels.id} have shape {tuple(labels.shape)}; their image {image.id} has "
+            f"{tuple(image.shape)}",
+            extra={"found": labels.shape, "expected": image.shape},
+        )
+    distance = _corner_distance_mm(image, labels)
+    if distance > GEOMETRY_TOLERANCE_MM:
+        raise ServiceError(
+            422,
+            "label_geometry_mismatch",
+            f"a corner of labels {labels.id} is {distance:.3f} mm away from that of their image "
+            f"{image.id}; at most {GEOMETRY_TOLERANCE_MM} mm is allowed",
+            extra={"found": labels.affine, "expected": image.affine},
+        )
+
+
+def split_by_subject(
+    subjects: Mapping[str, bool],
+    split: Split,
+    *,
+    taken: Mapping[str, int] | None = None,
+) -> dict[str, str]:
+    """Put every subject into `train`, `val` or `test`, the same way for the same seed.
+
+    Labelled and unlabelled subjects are split apart from each other, each by the shares, so a
+    few labelled subjects do not end up in one split by chance. Among the labelled (or, when
+    nobody is labelled, all) at least one is in `train`, and from two on at least one is in
+    `val`, unless its share is 0; `test` may stay empty.
+
+    Args:
+        subjects: Every subject that is to be placed, and whether it has labels.
+        split: Shares and seed.
+        taken: How many subjects the caller has already put into each split by hand.
+    """
+    groups = [[name for name in subjects if subjects[name]], []]
+    groups[1] = [name for name in subjects if not subjects[name]]
+    placed: dict[str, str] = {}
+    needs = dict(taken or {})
+    for group in groups:
+        order = sorted(group, key=lambda name: _shuffle_key(split.seed, name))
+        sizes = _sizes(len(order), split, needs)
+        if order:
+            needs = {"train": 1, "val": 1}  # the guarantee is met by the first group
+        for name in SPLITS:
+            chosen, order = order[: sizes[name]], order[sizes[name] :]
+            placed.update(dict.fromkeys(chosen, name))
+    return placed
+
+
+def _splits(items: Sequence[Item], images: Sequence[Volume], split: Split) -> dict[str, str]:
+    """Split of every subject: as asked where items say so, the rest by share."""
+    asked: dict[str, str] = {}
+    has_labels: dict[str, bool] = defaultdict(bool)
+    for item, image in zip(items, images, strict=True):
+        has_labels[image.subject] |= item.labels_id is not None
+        if item.split is None:
+            continue
+        if item.split not in SPLITS:
+            raise ServiceError(422, "invalid_request", f"a split is one of {', '.join(SPLITS)}")
+        other = asked.setdefault(image.subject, item.split)
+        if other != item.split:
+            raise ServiceError(
+                422,
+                "split_leaks_subject",
+                f"a subject is asked to be in {other} and in {item.split}",
+                extra={"volume_id": image.id, "found": item.split, "expected": other},
+            )
+    open_subjects = {name: has for name, has in has_labels.items() if name not in asked}
+    taken = {name: list(asked.values()).count(name) for name in SPLITS}
+    return asked | split_by_subject(open_subjects, split, taken=taken)
+
+
+def _sizes(number: int, split: Split, taken: Mapping[str, int]) -> dict[str, int]:
+    """How many of `number` subjects go into each split, by largest remainder."""
+    shares = {name: max(0.0, float(getattr(split, name))) for name in SPLITS}
+    total = sum(shares.values())
+    if total <= 0.0:
+        raise ServiceError(422, "invalid_request", "the shares of the split sum to 0")
+    exact = {name: number * share / total for name, share in shares.items()}
+    sizes = {name: int(value + 1e-9) for name, value in exact.items()}
+    by_remainder = sorted(SPLITS, key=lambda name: (sizes[name] - exact[name], SPLITS.index(name)))
+    for name in by_remainder[: number - sum(sizes.values())]:
+        sizes[name] += 1
+    for needed, from_number in (("train", 1), ("val", 2)):
+        if number < from_number or sizes[needed] or taken.get(needed) or not shares[needed]:
+            continue
+        giver = max(
+            (name for name in SPLITS if name != needed),
+            key=lambda name: sizes[name] - (name == "train" and sizes[name] == 1) * number,
+        )
+        sizes[giver] -= 1
+        sizes[needed] += 1
+    return sizes
+
+
+def _shuffle_key(seed: int, subject: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{subject}".encode()).digest()
+
+
+def _corner_distance_mm(image: Volume, labels: Volume) -> float:
+    """Largest distance between corresponding corner voxels, mm."""
+    last = np.array(image.shape, dtype=np.float64) - 1
+    corners = np.array(np.meshgrid(*zip((0, 0, 0), last, strict=True))).reshape(3, -1)
+    homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
+    apart = (np.array(image.affine) - np.array(labels.affine)) @ homogeneous
+    return float(np.linalg.norm(apart[:3], axis=0).max())
+
+
+def _digest(rows: Iterable[tuple[DatasetItem, Volume, Volume | None]]) -> str:
+    """SHA-256 over what training sees: voxels, geometry, labels, subjects and split."""
+    content: list[Any] = [
+        {
+            "image": image.voxels_sha256,
+            "affine": image.affine,
+            "labels": labels.voxels_sha256 if labels is not None else None,
+            "subject": item.subject,
+            "split": item.split,
+        }
+        for item, image, labels in rows
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""What routes ask for: the caller, a session, the store, and how a creating request is answered."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Depends, Header, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy.orm import Session, sessionmaker
+
+from service import idempotency
+from service.auth import Principal, Role, principal
+from service.idempotency import Answer
+from service.routers.strict import StrictRoute
+from service.settings import Settings
+from service.storage import Store
+
+PREFIX = "/api/v1"
+
+Viewer = Annotated[Principal, Depends(principal(Role.VIEWER))]
+Annotator = Annotated[Principal, Depends(principal(Role.ANNOTATOR))]
+Researcher = Annotated[Principal, Depends(principal(Role.RESEARCHER))]
+
+Work = Callable[[Session], Answer]
+"""Creates something in a session (which it does not commit) and says what to answer."""
+
+
+def router(tag: str) -> APIRouter:
+    """A router for one resource under `/api/v1`, with strict JSON bodies."""
+    return APIRouter(prefix=PREFIX, tags=[tag], route_class=StrictRoute)
+
+
+def _sessions(request: Request) -> sessionmaker[Session]:
+    return cast("sessionmaker[Session]", request.app.state.sessions)
+
+
+def _session(request: Request) -> Iterator[Session]:
+    with _sessions(request)() as session:
+        yield session
+
+
+def _store(request: Request) -> Store:
+    return cast(Store, request.app.state.store)
+
+
+def _settings(request: Request) -> Settings:
+    return cast(Settings, request.app.state.settings)
+
+
+Sessions = Annotated["sessionmaker[Session]", Depends(_sessions)]
+DbSession = Annotated[Session, Depends(_session, scope="function")]
+"""A session for the length of the route's function; a route that creates commits it itself."""
+StoreOf = Annotated[Store, Depends(_store)]
+SettingsOf = Annotated[Settings, Depends(_settings)]
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """How a creating request is answered: once for each `Idempotency-Key`, or always anew."""
+
+    sessions: sessionmaker[Session]
+    route: str
+    key: str | None
+    request_sha256: str
+
+    def answer(self, caller: Principal, work: Work) -> tuple[Answer, bool]:
+        """Do the work and commit it, or find what was answered before.
+
+        Blocking: call it from a thread.
+
+        Returns:
+            The answer, and whether it is new.
+        """
+        with self.sessions() as session:
+            if self.key is None:
+                answer = work(session)
+                session.commit()
+                return answer, True
+            claim = idempotency.begin(
+                session,
+                principal=caller.id,
+                route=self.route,
+                key=self.key,
+                request_sha256=self.request_sha256,
+            )
+            if isinstance(claim, Answer):
+                return claim, False
+            try:
+                answer = work(session)
+                idempotency.record(session, claim, answer)
+                session.commit()
+            except BaseException:
+                session.rollback()
+                idempotency.abandon(session, claim)
+                raise
+            return answer, True
+
+
+async def _once(
+    request: Request,
+    sessions: Sessions,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            pattern=r"^[\x21-\x7e]{1,200}$",
+            description="Any text of the caller's; a repeat with it gets the first answer.",
+        ),
+    ] = None,
+) -> Once:
+    digest = hashlib.sha256(await request.body()).hexdigest()
+    return Once(sessions, f"{request.method} {request.url.path}", idempotency_key, digest)
+
+
+OnceOf = Annotated[Once, Depends(_once)]
+
+
+def reply(answer: Answer, *, is_new: bool = True) -> JSONResponse:
+    """The response for an answer; `Idempotent-Replayed` marks a repeated one."""
+    headers = answer.headers if is_new else {**answer.headers, "Idempotent-Replayed": "true"}
+    return JSONResponse(answer.body, answer.status, headers=headers)

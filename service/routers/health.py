@@ -1,0 +1,143 @@
+"""Health for whoever watches the process (open), and capabilities for clients (with a token)."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service import db, migrate, schemas
+from service.celery_app import make_app
+from service.errors import ServiceError
+from service.routers import deps, docs
+from service.settings import Settings
+from service.storage import Store
+
+BROKER_TIMEOUT_S = 2.0
+WORKER_SEEN_S = 60.0
+"""A queue is served if a worker of it was seen so recently."""
+
+open_router = APIRouter(tags=["health"])
+router = deps.router("health")
+
+
+class NotReady(Exception):  # noqa: N818  # reads as what was found
+    """A check that failed, and why."""
+
+
+@open_router.get(
+    "/healthz",
+    operation_id="healthz",
+    summary="Does the process answer?",
+    openapi_extra={"security": []},
+)
+async def healthz() -> schemas.Health:
+    """The process answers; nothing else is looked at."""
+    return schemas.Health()
+
+
+@open_router.get(
+    "/readyz",
+    operation_id="readyz",
+    summary="Can the service do its work?",
+    response_model=schemas.Readiness,
+    responses=docs.also(503, schemas.Readiness, "Something that is needed is not there"),
+    openapi_extra={"security": []},
+)
+def readyz(
+    request: Request, sessions: deps.Sessions, store: deps.StoreOf, settings: deps.SettingsOf
+) -> JSONResponse:
+    """Database, storage, disk, broker, and a live worker for each queue."""
+    checks: dict[str, Callable[[], None]] = {
+        "database": lambda: _database(sessions),
+        "storage": lambda: _storage(store),
+        "disk": lambda: _disk(store),
+        "broker": lambda: _broker(settings),
+        **{
+            f"worker:{queue}": lambda queue=queue: _worker(sessions, queue)  # type: ignore[misc]
+            for queue in sorted(set(db.QUEUE_OF.values()))
+        },
+    }
+    results = tuple(_result(name, check) for name, check in checks.items())
+    is_ready = all(result.result == "ok" for result in results)
+    found = schemas.Readiness(status="ok" if is_ready else "failed", checks=results)
+    return JSONResponse(found.model_dump(mode="json"), 200 if is_ready else 503)
+
+
+@router.get(
+    "/capabilities",
+    operation_id="get_capabilities",
+    summary="What can this service do?",
+    responses=docs.problems(),
+)
+def get_capabilities(caller: deps.Viewer, settings: deps.SettingsOf) -> schemas.Capabilities:
+    """Version, limits, and the caller's role."""
+    return schemas.Capabilities(
+        version=product_version(),
+        role=caller.role,
+        run_kinds=tuple(db.RunKind),
+        max_upload_bytes=settings.max_upload_bytes,
+        max_wait_s=settings.wait_max_s,
+        intended_use="research use only; not a medical device",
+    )
+
+
+def product_version() -> str:
+    """The installed version; `0` from a checkout that is not installed."""
+    try:
+        return version("pcrl")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _result(name: str, check: Callable[[], None]) -> schemas.Check:
+    try:
+        check()
+    except NotReady as error:
+        return schemas.Check(check=name, result="failed", detail=str(error))
+    except (SQLAlchemyError, OSError, KombuError, RedisError) as error:
+        return schemas.Check(check=name, result="failed", detail=type(error).__name__)
+    return schemas.Check(check=name, result="ok")
+
+
+def _database(sessions: sessionmaker[Session]) -> None:
+    if not migrate.is_current(sessions.kw["bind"]):
+        raise NotReady("the database is not migrated to this version")
+
+
+def _storage(store: Store) -> None:
+    path = store.tmp / f"ready-{uuid.uuid4().hex}"
+    path.write_bytes(b"ready")
+    path.unlink()
+
+
+def _disk(store: Store) -> None:
+    try:
+        store.check_space()
+    except ServiceError as error:
+        raise NotReady(error.detail) from None
+
+
+def _broker(settings: Settings) -> None:
+    with make_app(settings).connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT_S)
+
+
+def _worker(sessions: sessionmaker[Session], queue: str) -> None:
+    with sessions() as session:
+        seen = session.scalars(
+            select(db.WorkerHeartbeat.worker).where(
+                db.WorkerHeartbeat.queue == queue,
+                db.WorkerHeartbeat.seen_at > db.db_now(-WORKER_SEEN_S),
+            )
+        ).first()
+    if seen is None:
+        raise NotReady(f"no worker of this queue was seen in the last {WORKER_SEEN_S:.0f} s")

@@ -1,0 +1,97 @@
+"""What segmentations and embeddings share: queueing a model on a volume, and its files."""
+
+from __future__ import annotations
+
+from fastapi import Response
+from sqlalchemy.orm import Session
+
+from service import db, registry, runs, schemas, volumes
+from service.auth import Principal
+from service.errors import ServiceError
+from service.idempotency import Answer
+from service.routers import answers, deps, files
+from service.routers.runs import require_kind
+from service.storage import Store
+
+CREATE_PROBLEMS = (
+    "forbidden",
+    "not_found",
+    "request_too_large",
+    "invalid_request",
+    "wrong_model_kind",
+    "wrong_volume_kind",
+    "idempotency_mismatch",
+    "idempotency_in_flight",
+)
+
+
+def work_of(
+    ask: schemas.InferenceCreate,
+    caller: Principal,
+    *,
+    kind: db.RunKind,
+    model_kind: str,
+    collection: str,
+    view: answers.View,
+) -> deps.Work:
+    """Queue `kind` of the asked-for model on the asked-for volume.
+
+    The reference is resolved now, so an alias that moves later changes nothing.
+    """
+
+    def work(session: Session) -> Answer:
+        volume = volumes.get(session, ask.volume_id, kind="image")
+        version = registry.resolve(session, ask.model)
+        require_kind(version, model_kind)
+        model = {
+            "name": version.model_name,
+            "version": version.version,
+            "digest": version.digest,
+        }
+        run = runs.create(
+            session, kind=kind, spec={"model": model}, volume_id=volume.id, principal=caller.id
+        )
+        return answers.accepted(run, collection, view)
+
+    return work
+
+
+def cancel(session: Session, run_id: str, kind: db.RunKind) -> db.Run:
+    """Ask a run of this kind to end. Commits."""
+    runs.get(session, run_id, kinds=[kind])
+    row = runs.request_cancel(session, run_id)
+    session.commit()
+    return row
+
+
+def artifact(
+    session: Session, store: Store, run_id: str, name: str, *, filename: str, media_type: str
+) -> Response:
+    """A file that a segmentation made, checked against its digest.
+
+    Args:
+        session: Database session.
+        store: Where the file lies.
+        run_id: The segmentation.
+        name: `mask` or `preview`: the artifact's name without suffixes.
+        filename: What the download is called.
+        media_type: Of the download.
+
+    Raises:
+        ServiceError: 404 `not_found`; 409 `not_ready`.
+        BlobCorrupt: The file is missing or has changed.
+    """
+    run = runs.get(session, run_id, kinds=[db.RunKind.SEGMENT])
+    if run.state != db.RunState.SUCCEEDED:
+        raise ServiceError(
+            409,
+            "not_ready",
+            f"there is a result once the state is succeeded; it is {run.state}",
+            extra={"state": run.state},
+            headers={} if run.state in db.TERMINAL else {"Retry-After": "1"},
+        )
+    for found in runs.artifacts(session, run_id):
+        if found.name.partition(".")[0] == name:
+            session.rollback()  # nothing is locked while the file is hashed
+            return files.attachment(store.verify(found.sha256), filename, media_type)
+    raise ServiceError(404, "not_found", f"the segmentation has no {name}")

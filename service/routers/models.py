@@ -1,0 +1,192 @@
+"""Models: look, download, and move aliases."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import Header, Path, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from service import db, registry, schemas
+from service.errors import ServiceError
+from service.pagination import PageSize, PageToken, name_of, name_token_of
+from service.routers import deps, docs, files, views
+
+IfMatch = Annotated[
+    str | None,
+    Header(max_length=100, description="The alias' ETag as it was read; `*`: it must exist."),
+]
+VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
+_ETAG = re.compile(r'"(\d{1,9})"')
+_WITH_ETAG: docs.Responses = {
+    200: {"headers": {"ETag": {"description": "The revision", "schema": {"type": "string"}}}}
+}
+_ARCHIVE: docs.Responses = {
+    200: {
+        "description": "The bundle's folder as a zip archive",
+        "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+router = deps.router("models")
+
+
+@router.get(
+    "/models",
+    operation_id="list_models",
+    summary="List models by name",
+    responses=docs.problems("invalid_request"),
+)
+def list_models(
+    _caller: deps.Viewer,
+    session: deps.DbSession,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
+) -> schemas.ModelPage:
+    """Registered models without their versions."""
+    rows = registry.listing(session, size=page_size + 1, after=name_of(page_token))
+    page = rows[:page_size]
+    token = name_token_of(page[-1].name) if len(rows) > page_size else None
+    items = tuple(views.model_summary(row) for row in page)
+    return schemas.ModelPage(items=items, next_page_token=token)
+
+
+@router.get(
+    "/models/{name}",
+    operation_id="get_model",
+    summary="Get a model",
+    responses=docs.problems("invalid_request", "not_found"),
+)
+def get_model(
+    name: schemas.ModelName, _caller: deps.Viewer, session: deps.DbSession
+) -> schemas.Model:
+    """A model with its versions, newest first, and its aliases."""
+    row = registry.get(session, name)
+    return views.model(row, registry.versions(session, name), registry.aliases(session, name))
+
+
+@router.get(
+    "/models/{name}/versions/{version}",
+    operation_id="get_model_version",
+    summary="Get one version of a model",
+    responses=docs.problems("invalid_request", "not_found"),
+)
+def get_model_version(
+    name: schemas.ModelName, version: VersionNumber, _caller: deps.Viewer, session: deps.DbSession
+) -> schemas.ModelVersion:
+    """A version with its manifest: recipe, preprocessing, lineage, metrics, parity."""
+    return views.model_version(registry.get_version(session, name, version))
+
+
+@router.get(
+    "/models/{name}/versions/{version}/bundle",
+    operation_id="download_bundle",
+    summary="Download a model",
+    response_class=Response,
+    responses=_ARCHIVE
+    | docs.problems("invalid_request", "not_found", "bundle_corrupt", "bundle_invalid"),
+)
+def download_bundle(
+    name: schemas.ModelName,
+    version: VersionNumber,
+    _caller: deps.Viewer,
+    session: deps.DbSession,
+    store: deps.StoreOf,
+) -> Response:
+    """The bundle (ONNX, manifest, card, weights), every file checked against its digest."""
+    digest = registry.get_version(session, name, version).digest
+    session.rollback()  # nothing is locked while the files are hashed
+    filename = f"{name}-{version}"
+    return StreamingResponse(
+        files.zip_of(store.bundle_dir(digest), filename),
+        media_type="application/zip",
+        headers={"Content-Disposition": f'attachment; filename="{filename}.zip"'},
+    )
+
+
+@router.get(
+    "/models/{name}/aliases/{alias}",
+    operation_id="get_alias",
+    summary="Get an alias",
+    response_model=schemas.Alias,
+    responses=_WITH_ETAG | docs.problems("invalid_request", "not_found"),
+)
+def get_alias(
+    name: schemas.ModelName, alias: schemas.AliasName, _caller: deps.Viewer, session: deps.DbSession
+) -> JSONResponse:
+    """Where an alias points now."""
+    return _with_etag(registry.get_alias(session, name, alias))
+
+
+@router.put(
+    "/models/{name}/aliases/{alias}",
+    operation_id="set_alias",
+    summary="Point an alias at a version",
+    response_model=schemas.Alias,
+    responses=_WITH_ETAG
+    | docs.problems(
+        "forbidden", "invalid_request", "not_found", "request_too_large", "precondition_failed"
+    ),
+)
+def set_alias(
+    *,
+    name: schemas.ModelName,
+    alias: schemas.AliasName,
+    ask: schemas.AliasSet,
+    caller: deps.Researcher,
+    session: deps.DbSession,
+    if_match: IfMatch = None,
+) -> JSONResponse:
+    """Make or move an alias; with `If-Match`, only if nobody moved it meanwhile."""
+    expected = _expected(session, name, alias, if_match)
+    row = registry.set_alias(
+        session, name, alias, ask.version, principal=caller.id, if_match=expected
+    )
+    session.commit()
+    return _with_etag(row)
+
+
+@router.delete(
+    "/models/{name}/aliases/{alias}",
+    status_code=204,
+    operation_id="delete_alias",
+    summary="Remove an alias",
+    responses=docs.problems("forbidden", "invalid_request", "not_found", "precondition_failed"),
+)
+def delete_alias(
+    name: schemas.ModelName,
+    alias: schemas.AliasName,
+    caller: deps.Researcher,
+    session: deps.DbSession,
+    if_match: IfMatch = None,
+) -> None:
+    """Remove an alias; the versions stay."""
+    expected = _expected(session, name, alias, if_match)
+    registry.delete_alias(session, name, alias, principal=caller.id, if_match=expected)
+    session.commit()
+
+
+def _expected(session: deps.DbSession, name: str, alias: str, if_match: str | None) -> int | None:
+    """The revision that `If-Match` asks for; None if it asks for nothing."""
+    if if_match is None:
+        return None
+    registry.get(session, name)
+    if if_match.strip() == "*":
+        try:
+            return registry.get_alias(session, name, alias).revision
+        except ServiceError:
+            raise ServiceError(
+                412, "precondition_failed", "the alias was expected to exist; it does not"
+            ) from None
+    found = _ETAG.fullmatch(if_match.strip())
+    if found is None:
+        raise ServiceError(
+            412, "precondition_failed", "If-Match holds no ETag that an alias ever had"
+        )
+    return int(found[1])
+
+
+def _with_etag(row: db.ModelAlias) -> JSONResponse:
+    body = views.alias(row).model_dump(mode="json")
+    return JSONResponse(body, headers={"ETag": f'"{row.revision}"'})

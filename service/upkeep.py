@@ -1,0 +1,93 @@
+"""Upkeep: rings for waiting runs, takes back lost ones, and sweeps what was left over.
+
+Safe to run several times at once; nothing in the service recovers without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+from sqlalchemy import delete, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service import celery_app, db, runs, volumes
+from service.db import Idempotency, Run, RunState, WorkerHeartbeat, db_now
+from service.errors import ServiceError
+from service.settings import Settings
+from service.storage import Store
+
+logger = logging.getLogger(__name__)
+
+SWEEP_EVERY_S = 600.0
+DAY_S = 86400.0
+
+
+def run(settings: Settings, *, stop: threading.Event | None = None) -> None:
+    """Loop until `stop` is set, or SIGTERM or SIGINT comes."""
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    stop = stop or threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: stop.set())
+    engine = db.connect(settings.database_url)
+    sessions, store = db.sessions(engine), Store(settings.data_dir)
+    swept_at = -SWEEP_EVERY_S
+    while not stop.is_set():
+        with _survived("dispatch"):
+            dispatch(sessions, settings)
+        if time.monotonic() - swept_at > SWEEP_EVERY_S:
+            swept_at = time.monotonic()
+            with _survived("sweep"):
+                sweep(sessions, store, settings)
+        stop.wait(settings.dispatch_interval_s)
+    engine.dispose()
+
+
+def dispatch(sessions: sessionmaker[Session], settings: Settings) -> int:
+    """Take back lost runs, then ring for every run that waits; returns how many were rung for."""
+    with sessions() as session:
+        for run_id in runs.reap(
+            session, suspect_s=settings.suspect_s, max_attempts=settings.max_attempts
+        ):
+            logger.warning("took run %s back: its worker is gone", run_id)
+        waiting = runs.due(session)
+    for run_id, queue in waiting:
+        if not celery_app.ring(run_id, queue, settings=settings):
+            break  # the broker is down: the rest would wait for its time-out too
+    return len(waiting)
+
+
+def sweep(sessions: sessionmaker[Session], store: Store, settings: Settings) -> None:
+    """Remove what is over: temporary and unreferenced files, old keys, dead workers' rows."""
+    store.sweep()
+    with sessions() as session:
+        volumes.sweep_blobs(session, store)
+        hours = settings.idempotency_hours
+        session.execute(delete(Idempotency).where(Idempotency.created_at < db_now(-hours * 3600.0)))
+        session.execute(delete(WorkerHeartbeat).where(WorkerHeartbeat.seen_at < db_now(-DAY_S)))
+        session.commit()
+        ended = session.scalars(
+            select(Run.id).where(
+                Run.state.in_([RunState.SUCCEEDED, RunState.CANCELED]),
+                Run.finished_at < db_now(-DAY_S),
+            )
+        ).all()
+        session.commit()
+    for run_id in ended:
+        shutil.rmtree(store.work / run_id, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _survived(what: str) -> Iterator[None]:
+    """A database or disk that is away costs one round, not the loop."""
+    try:
+        yield
+    except (SQLAlchemyError, OSError, ServiceError) as error:
+        logger.warning("%s: %s", what, type(error).__name__)

@@ -1,0 +1,290 @@
+"""Volumes: from uploaded bytes to a row, and back out.
+
+The uploaded file is kept as it came; next to it lies the canonical volume (RAS+, uncompressed
+NIfTI) that training and inference map into memory. A row appears only when both are whole.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from imaging import sandbox
+from imaging.sandbox import IntakeReport
+from service.auth import subject_pseudonym
+from service.db import (
+    Artifact,
+    Blob,
+    Cursor,
+    DatasetItem,
+    Page,
+    Run,
+    Volume,
+    insert_if_absent,
+    new_id,
+    page,
+)
+from service.errors import ServiceError
+from service.storage import Store
+
+
+def ingest(
+    session: Session,
+    store: Store,
+    sha256: str,
+    size: int,
+    *,
+    kind: str,
+    subject: str | None,
+    series_uid: str | None,
+    principal: str,
+) -> tuple[Volume, bool]:
+    """Make a volume of a file that lies in the store under `sha256`; the caller commits.
+
+    What is pending in the session is committed first, so that no transaction is open while the
+    child process reads the scan. On any error nothing stays: no row, no canonical volume, and
+    the uploaded file goes too unless a row needs it.
+
+    Args:
+        session: Database session.
+        store: Where the file lies.
+        sha256: Digest of the uploaded file.
+        size: Its size in bytes.
+        kind: `image` or `labels`.
+        subject: The caller's own pseudonym for the patient. Without it, DICOM gives one from
+            its PatientID (keyed hash), and NIfTI gets one of its own from the file's digest.
+        series_uid: Which series of a DICOM archive that has several.
+        principal: Id of who does it.
+
+    Returns:
+        The volume, and whether it is new (False: these bytes were there already).
+
+    Raises:
+        ScanError: The file is not a usable scan.
+    """
+    there = _find(session, sha256, kind, subject, series_uid)
+    session.commit()
+    if there is not None:
+        return there, False
+    try:
+        with tempfile.TemporaryDirectory(dir=store.tmp) as folder:
+            report = sandbox.run_intake(
+                store.verify(sha256),
+                Path(folder),
+                kind=cast("Literal['image', 'labels']", kind),
+                series_uid=series_uid,
+            )
+            voxels_sha256, voxels_size = store.put_file(report.volume_path)
+    except BaseException:
+        _discard(session, store, sha256)
+        raise
+    if subject is None:
+        subject = (
+            subject_pseudonym(store.data_dir, report.patient_key)
+            if report.patient_key
+            else f"sub_{sha256[:16]}"
+        )
+    try:
+        return _insert(
+            session,
+            store,
+            {sha256: size, voxels_sha256: voxels_size},
+            Volume(
+                id=new_id("vol"),
+                kind=kind,
+                subject=subject,
+                original_sha256=sha256,
+                series_selector=series_uid or "",
+                voxels_sha256=voxels_sha256,
+                created_by=principal,
+                **_facts(report),
+            ),
+        )
+    except BaseException:
+        session.rollback()
+        _discard(session, store, sha256, voxels_sha256)
+        raise
+
+
+def get(session: Session, volume_id: str, *, kind: str | None = None) -> Volume:
+    """A volume by id.
+
+    Raises:
+        ServiceError: 404 `not_found`; 422 `wrong_volume_kind` if it is not of `kind`.
+    """
+    volume = session.get(Volume, volume_id)
+    if volume is None:
+        raise ServiceError(404, "not_found", "no volume has this id")
+    if kind is not None and volume.kind != kind:
+        raise ServiceError(
+            422,
+            "wrong_volume_kind",
+            f"volume {volume.id} is of kind {volume.kind}; {kind} is needed",
+            extra={"found": volume.kind, "expected": kind},
+        )
+    return volume
+
+
+def listing(
+    session: Session,
+    *,
+    size: int = 50,
+    after: Cursor | None = None,
+    kind: str | None = None,
+    subject: str | None = None,
+) -> Page[Volume]:
+    """Volumes, newest first."""
+    where: list[Any] = []
+    if kind is not None:
+        where.append(Volume.kind == kind)
+    if subject is not None:
+        where.append(Volume.subject == subject)
+    return page(session, Volume, *where, size=size, after=after)
+
+
+def delete(session: Session, store: Store, volume_id: str) -> None:
+    """Delete a volume and the files that no other row needs. Commits.
+
+    Raises:
+        ServiceError: 404 `not_found`; 409 `volume_in_use` if a dataset or a run refers to it.
+    """
+    volume = get(session, volume_id)
+    uses = {
+        "datasets": select(func.count(DatasetItem.dataset_id.distinct())).where(
+            or_(DatasetItem.volume_id == volume_id, DatasetItem.labels_id == volume_id)
+        ),
+        "runs": select(func.count()).select_from(Run).where(Run.volume_id == volume_id),
+    }
+    found = {name: session.scalar(count) or 0 for name, count in uses.items()}
+    if any(found.values()):
+        raise _in_use(found)
+    session.delete(volume)
+    try:
+        session.commit()
+    except IntegrityError:  # a dataset or a run took it meanwhile
+        session.rollback()
+        raise _in_use({}) from None
+    _discard(session, store, volume.original_sha256, volume.voxels_sha256)
+
+
+def sweep_blobs(session: Session, store: Store, *, older_than_s: float = 24 * 3600.0) -> int:
+    """Remove old stored files that no row refers to; returns how many. Commits."""
+    referenced = set(session.scalars(select(Blob.sha256)))
+    session.commit()
+    orphans = store.unreferenced(referenced, older_than_s=older_than_s)
+    _discard(session, store, *orphans)
+    return len(orphans)
+
+
+def record_blob(session: Session, store: Store, sha256: str, size: int) -> None:
+    """Refer to a stored file from now on; the caller commits.
+
+    Raises:
+        ServiceError: 503 `not_live` if the file was discarded meanwhile (ask again).
+    """
+    _lock(session, sha256)
+    if not store.path_of(sha256).exists():
+        raise ServiceError(
+            503, "not_live", "the file was discarded meanwhile", headers={"Retry-After": "1"}
+        )
+    insert_if_absent(session, Blob, sha256=sha256, size_bytes=size)
+
+
+def _find(
+    session: Session, sha256: str, kind: str, subject: str | None, series_uid: str | None
+) -> Volume | None:
+    statement = select(Volume).where(
+        Volume.original_sha256 == sha256,
+        Volume.kind == kind,
+        Volume.series_selector == (series_uid or ""),
+    )
+    if subject is not None:
+        statement = statement.where(Volume.subject == subject)
+    return session.scalars(statement.order_by(Volume.created_at, Volume.id).limit(1)).first()
+
+
+def _insert(
+    session: Session, store: Store, sizes: dict[str, int], volume: Volume
+) -> tuple[Volume, bool]:
+    for sha256 in sorted(sizes):  # one order, so that two requests never wait for each other
+        record_blob(session, store, sha256, sizes[sha256])
+    there = _find(
+        session,
+        volume.original_sha256,
+        volume.kind,
+        volume.subject,
+        volume.series_selector or None,
+    )
+    if there is not None:  # the same upload, sent twice at once
+        return there, False
+    session.add(volume)
+    session.flush()
+    return volume, True
+
+
+def _facts(report: IntakeReport) -> dict[str, Any]:
+    return {
+        "modality": report.modality,
+        "format": report.format,
+        "shape": [int(size) for size in report.shape],
+        "spacing_mm": [float(step) for step in report.spacing_mm],
+        "affine": _rows(report.affine),
+        "source_shape": [int(size) for size in report.source_shape],
+        "source_affine": _rows(report.source_affine),
+        "intake": {
+            "dtype": str(report.dtype),
+            "series_uid": report.series_uid,
+            "members": [_plain(member) for member in report.members],
+        },
+    }
+
+
+def _rows(affine: Any) -> list[list[float]]:
+    return [[float(value) for value in row] for row in affine]
+
+
+def _plain(member: Any) -> dict[str, Any]:
+    return dict(member) if isinstance(member, dict) else asdict(member)
+
+
+def _discard(session: Session, store: Store, *digests: str) -> None:
+    """Remove files, and their rows, that nothing refers to. Commits.
+
+    The lock makes "no row refers to it" and "the file goes" one step for `record_blob`.
+    """
+    for sha256 in sorted(set(digests)):
+        _lock(session, sha256)
+        references = (
+            select(Volume.id).where(
+                or_(Volume.original_sha256 == sha256, Volume.voxels_sha256 == sha256)
+            ),
+            select(Artifact.name).where(Artifact.sha256 == sha256),
+        )
+        if all(session.scalars(query.limit(1)).first() is None for query in references):
+            blob = session.get(Blob, sha256)
+            if blob is not None:
+                session.delete(blob)
+                session.flush()
+            store.delete_blob(sha256)
+        session.commit()
+
+
+def _lock(session: Session, sha256: str) -> None:
+    """Until the end of the transaction, nobody else refers to or discards this file."""
+    if session.get_bind().dialect.name == "postgresql":
+        key = int.from_bytes(bytes.fromhex(sha256[:16]), signed=True)
+        session.execute(select(func.pg_advisory_xact_lock(key)))
+    # On SQLite every transaction is the only writer already (db.connect).
+
+
+def _in_use(found: dict[str, int]) -> ServiceError:
+    counts = ", ".join(f"{number} {name}" for name, number in found.items() if number)
+    return ServiceError(
+        409, "volume_in_use", f"the volume is used by {counts or 'another resource'}"
+    )

@@ -1,0 +1,218 @@
+"""What a worker process has at hand, and how it lives: heartbeat rows, shutdown, claims.
+
+Celery's main process listens and forks one process that works. SIGTERM (to either, or to both)
+raises the shared flag of `service.lease`; the run at hand then gives itself back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from sqlalchemy import delete
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from imaging.errors import ScanError
+from models.bundle import BundleError
+from service import lease, runs
+from service.db import RunState, WorkerHeartbeat, connect, db_now, insert_if_absent
+from service.db import sessions as sessions_of
+from service.errors import ServiceError
+from service.lease import Keeper
+from service.runs import Fenced, Lease
+from service.settings import Settings, get_settings
+from service.storage import BlobCorrupt, Store
+
+logger = logging.getLogger(__name__)
+
+INTERNAL_DETAIL = "the worker failed; its log has the place under the run's id"
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One working process: its settings, database, store and name."""
+
+    settings: Settings
+    sessions: sessionmaker[Session]
+    store: Store
+    queue: str
+    name: str
+
+
+Work = Callable[[Worker, Lease, Keeper], None]
+"""Does a claimed run and finishes it; raises what it cannot handle."""
+
+
+def this_worker(queue: str) -> Worker:
+    """This process' worker (never the one of the process it was forked from)."""
+    return _worker(queue, os.getpid())
+
+
+@lru_cache(maxsize=2)
+def _worker(queue: str, pid: int) -> Worker:
+    return make_worker(get_settings(), queue, name=f"{socket.gethostname()}:{pid}:{queue}")
+
+
+def make_worker(settings: Settings, queue: str, *, name: str) -> Worker:
+    """A worker with its own engine."""
+    sessions = sessions_of(connect(settings.database_url))
+    return Worker(settings, sessions, Store(settings.data_dir), queue, name[-120:])
+
+
+def work_through(worker: Worker, work: Work) -> int:
+    """Claim and do runs until the queue is empty or the worker shuts down; returns how many."""
+    done = 0
+    with _sigterm_raises_the_flag():
+        while not lease.is_shutting_down():
+            with worker.sessions() as session:
+                claimed = runs.claim(
+                    session, None, worker.queue, worker.name, lease_s=worker.settings.lease_s
+                )
+            if claimed is None:
+                break
+            done += 1
+            work_on(worker, claimed, work)
+    return done
+
+
+def work_on(worker: Worker, claimed: Lease, work: Work) -> None:
+    """Do one claimed run; whatever happens, it ends, is given back, or was taken away."""
+    try:
+        with Keeper(worker.sessions, claimed, heartbeat_s=worker.settings.heartbeat_s) as keeper:
+            work(worker, claimed, keeper)
+    except Fenced:
+        logger.warning("run %s was taken back from this worker", claimed.run_id)
+    except (ScanError, BundleError) as error:
+        fail(worker, claimed, error.code, error.detail)
+    except ServiceError as error:
+        fail(worker, claimed, error.code, error.detail)
+    except BlobCorrupt as error:
+        fail(worker, claimed, error.code, str(error))
+    except MemoryError:
+        fail(worker, claimed, "host_out_of_memory", "the worker ran out of memory", outcome="oom")
+    except Exception as error:  # noqa: BLE001  # the one place where nothing may pass
+        log_place(claimed.run_id, error)
+        fail(worker, claimed, "internal_error", INTERNAL_DETAIL)
+
+
+def fail(
+    worker: Worker, claimed: Lease, code: str, detail: str, *, outcome: runs.Outcome = "error"
+) -> None:
+    """End a run as failed, or as canceled if that was asked; a lost lease leaves it alone."""
+    try:
+        with worker.sessions() as session:
+            runs.finish(
+                session,
+                claimed,
+                RunState.FAILED,
+                error={"code": code, "detail": detail},
+                outcome=outcome,
+            )
+    except (Fenced, SQLAlchemyError) as error:  # the reaper will see to it
+        logger.warning("run %s not marked failed: %s", claimed.run_id, type(error).__name__)
+
+
+def log_place(run_id: str, error: BaseException) -> None:
+    """Log the type and the places of an error, never its text, which may hold values."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames[-12:]))
+    logger.error("run %s failed: %s at %s", run_id, type(error).__name__, places)
+
+
+def beat(sessions: sessionmaker[Session], name: str, queue: str, device: str) -> None:
+    """Write that a worker is alive."""
+    with sessions() as session:
+        insert_if_absent(session, WorkerHeartbeat, worker=name, queue=queue, device=device)
+        row = session.get(WorkerHeartbeat, name)
+        assert row is not None
+        row.seen_at, row.device = db_now(), device
+        session.commit()
+
+
+@contextlib.contextmanager
+def _sigterm_raises_the_flag() -> Iterator[None]:
+    """While runs are done, SIGTERM asks them to stop instead of ending the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda _number, _frame: lease.shut_down())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Pulse:
+    """Celery's main process: one heartbeat row for each queue it listens to."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, sender: Any) -> None:
+        settings = get_settings()
+        queues = sorted(sender.app.amqp.queues.consume_from)
+        self._thread = threading.Thread(target=self._run, args=(settings, queues), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10.0)
+
+    def _run(self, settings: Settings, queues: list[str]) -> None:
+        engine = connect(settings.database_url)
+        sessions = sessions_of(engine)
+        names = {queue: f"{socket.gethostname()}:{os.getpid()}:{queue}"[-120:] for queue in queues}
+        while True:
+            with _logged("heartbeat"):
+                for queue, name in names.items():
+                    beat(sessions, name, queue, settings.device)
+            if self._stop.wait(settings.heartbeat_s):
+                break
+        with _logged("last heartbeat"), sessions() as session:
+            session.execute(
+                delete(WorkerHeartbeat).where(WorkerHeartbeat.worker.in_(names.values()))
+            )
+            session.commit()
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """A database that is away only costs this beat."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        logger.warning("%s: %s", what, type(error).__name__)
+
+
+_pulse = _Pulse()
+
+
+def _on_ready(sender: Any, **_: Any) -> None:
+    _pulse.start(sender)
+
+
+def _on_shutting_down(**_: Any) -> None:
+    lease.shut_down()
+
+
+def _on_shutdown(**_: Any) -> None:
+    _pulse.stop()
+
+
+worker_ready.connect(_on_ready, weak=False)
+worker_shutting_down.connect(_on_shutting_down, weak=False)
+worker_shutdown.connect(_on_shutdown, weak=False)

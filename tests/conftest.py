@@ -1,0 +1,118 @@
+"""What tests share: a fresh database of each kind, a Redis of their own, a store."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+POSTGRES_URL = os.environ.get(
+    "PCRL_TEST_POSTGRES_URL", "postgresql+psycopg://postgres@127.0.0.1:5432"
+)
+REDIS_URL = os.environ.get("PCRL_TEST_REDIS_URL", "redis://127.0.0.1:6379/9")
+
+
+def _absent(what: str) -> None:
+    """Skip, or fail where the servers were promised."""
+    if os.environ.get("PCRL_TEST_REQUIRE_SERVICES") == "1":
+        pytest.fail(f"{what}, and PCRL_TEST_REQUIRE_SERVICES=1 forbids to skip")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def postgres_admin() -> Iterator[Engine]:
+    """The test server of PostgreSQL, for making databases."""
+    url = make_url(POSTGRES_URL)
+    engine = create_engine(
+        url.set(database=url.database or "postgres"),
+        isolation_level="AUTOCOMMIT",
+        connect_args={"connect_timeout": 3},
+    )
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+    except OperationalError:
+        engine.dispose()
+        _absent(f"no PostgreSQL answers at {url.host}:{url.port}")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def new_postgres(postgres_admin: Engine) -> Iterator[Callable[[], str]]:
+    """Makes databases on the test server, and drops them after the test."""
+    names: list[str] = []
+
+    def make() -> str:
+        names.append(f"pcrl_test_{uuid.uuid4().hex}")
+        with postgres_admin.connect() as connection:
+            connection.execute(text(f'CREATE DATABASE "{names[-1]}"'))
+        url = make_url(POSTGRES_URL).set(database=names[-1])
+        return url.render_as_string(hide_password=False)
+
+    yield make
+    with postgres_admin.connect() as connection:
+        for name in names:
+            connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+
+
+@pytest.fixture
+def postgres_url(new_postgres: Callable[[], str]) -> str:
+    """A fresh, empty PostgreSQL database."""
+    return new_postgres()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """A fresh, empty SQLite database."""
+    return f"sqlite:///{tmp_path / 'test.sqlite3'}"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """A fresh, empty database: the test runs once on SQLite and once on PostgreSQL."""
+    fixture = "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    url: str = request.getfixturevalue(fixture)
+    return url
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """An engine on a fresh database at the newest revision."""
+    from service import db, migrate
+
+    migrate.upgrade(database_url)
+    engine = db.connect(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def sessions(engine: Engine) -> sessionmaker[Session]:
+    """Sessions on a fresh, migrated database."""
+    from service import db
+
+    return db.sessions(engine)
+
+
+@pytest.fixture
+def redis_url() -> Iterator[str]:
+    """The test server's Redis database, emptied before and after."""
+    import redis
+
+    client = redis.Redis.from_url(REDIS_URL, socket_connect_timeout=3)
+    try:
+        client.ping()
+    except redis.ConnectionError:
+        client.close()
+        _absent("no Redis answers at PCRL_TEST_REDIS_URL")
+    client.flushdb()
+    yield REDIS_URL
+    client.flushdb()
+    client.close()
