@@ -1,0 +1,110 @@
+"""Tiny scans, recipes and reports for the trainer's tests."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from imaging import nifti
+from models.recipe import FinetuneRecipe, PretrainRecipe
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Recorder:
+    """A report that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+        self.logs: list[tuple[str, str]] = []
+        self.results: list[str] = []
+
+    def progress(self, stage: str, step: int, total: int) -> None:
+        pass
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        self.metrics.append((step, dict(values)))
+
+    def log(self, level: str, message: str) -> None:
+        self.logs.append((level, message))
+
+    def result(self, bundle: str, digest: str) -> None:
+        self.results.append(digest)
+
+    def error(self, code: str, detail: str) -> None:
+        pass
+
+
+@pytest.fixture
+def report() -> Recorder:
+    return Recorder()
+
+
+def write_scan(folder: Path, name: str, seed: int) -> None:
+    """A ball of 60 HU (label 1) with a core of 120 HU (label 2) in air."""
+    random = np.random.default_rng(seed)
+    centre = random.uniform(11, 21, 3)
+    position = np.stack(np.meshgrid(*[np.arange(32)] * 3, indexing="ij"), axis=-1)
+    distance = np.linalg.norm(position - centre, axis=-1)
+    labels = (distance < 9).astype(np.uint8) + (distance < 4)
+    voxels = np.select([labels == 2, labels == 1], [120, 60], -900) + random.normal(
+        0, 20, (32,) * 3
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    nifti.write(folder / f"{name}_image.nii.gz", voxels.astype(np.int16), affine)
+    nifti.write(folder / f"{name}_label.nii.gz", labels.astype(np.uint8), affine)
+
+
+@pytest.fixture(scope="session")
+def scan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    write_scan(folder / "train", "a", 1)
+    write_scan(folder / "train", "b", 2)
+    write_scan(folder / "val", "c", 3)
+    return folder
+
+
+@pytest.fixture
+def pretrain_recipe() -> PretrainRecipe:
+    return PretrainRecipe.model_validate(pretrain_fields())
+
+
+@pytest.fixture
+def finetune_recipe() -> FinetuneRecipe:
+    return FinetuneRecipe.model_validate(
+        {
+            "labels": {"organ": 1, "lesion": 2},
+            "network": {"base_width": 2},
+            "preprocessing": {
+                "spacing_mm": [2, 2, 2],
+                "intensity": {"kind": "window", "low_hu": -200, "high_hu": 200},
+            },
+            "patch_size": [16, 16, 16],
+            "num_steps": 12,
+            "batch_size": 2,
+            "learning_rate": 0.01,
+            "validate_every": 6,
+            "checkpoint_every": 6,
+            "log_every": 1,
+        }
+    )
+
+
+def pretrain_fields() -> dict[str, Any]:
+    return {
+        "network": {"base_width": 2},
+        "preprocessing": {"spacing_mm": [2, 2, 2]},
+        "crops": {"input_size": [16, 16, 16], "crop_sizes": [[16, 16, 16], [24, 24, 16]]},
+        "method": {"embedding_size": 8, "queue_size": 40},
+        "num_steps": 20,
+        "batch_size": 4,
+        "checkpoint_every": 3,
+        "log_every": 1,
+    }

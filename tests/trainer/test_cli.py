@@ -1,0 +1,115 @@
+"""The trainer from a shell: exit statuses, events, a stop on request."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models import bundle
+from models.recipe import FinetuneRecipe, PretrainRecipe
+from trainer import errors
+from trainer.__main__ import classify
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = ("--events", "jsonl", "--threads", "1")
+
+
+def trainer(*arguments: object) -> tuple[int, list[dict[str, Any]], str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "trainer", *map(str, arguments), *MACHINE],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_the_whole_way_from_a_shell(
+    tmp_path: Path,
+    scan_folder: Path,
+    pretrain_recipe: PretrainRecipe,
+    finetune_recipe: FinetuneRecipe,
+) -> None:
+    few = pretrain_recipe.model_copy(update={"num_steps": 40})
+    (tmp_path / "pre.json").write_text(few.model_dump_json())
+    (tmp_path / "fine.json").write_text(finetune_recipe.model_dump_json())
+    pre, fine = tmp_path / "pre", tmp_path / "fine"
+    arguments = ["pretrain", tmp_path / "pre.json", "--scans", scan_folder, "--out", pre]
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *map(str, arguments), *MACHINE],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if '"metric"' in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = [json.loads(line) for line in process.stdout]
+    process.stdout.close()
+    stopped = process.wait()
+    resumed, events, stderr = trainer(*arguments)
+    tuned, more, _ = trainer(
+        "finetune", tmp_path / "fine.json", "--scans", scan_folder, "--out", fine,
+        "--parent", pre / "bundle", "--run-id", "run-7",
+    )  # fmt: skip
+    newest = max((fine / "checkpoints").glob("best-*.pt"))
+    exported, _, _ = trainer("export", "--checkpoint", newest, "--out", tmp_path / "again")
+
+    assert stopped == 75 and rest[-1]["code"] == "preempted"
+    assert resumed == 0, stderr
+    assert any("resuming after step" in event.get("message", "") for event in events)
+    assert events[-1] == {
+        "event": "result", "bundle": "bundle", "digest": bundle.digest_of(pre / "bundle")
+    }  # fmt: skip
+    assert (tuned, exported) == (0, 0)
+    manifest = bundle.load(fine / "bundle")
+    assert manifest.lineage.parent_digest == bundle.digest_of(pre / "bundle")
+    assert manifest.lineage.run_id == "run-7" and len(manifest.lineage.loaded_keys) == 32
+    assert any("dice_organ" in event.get("values", {}) for event in more)
+    assert bundle.load(tmp_path / "again" / "bundle").lineage == manifest.lineage
+
+
+def test_a_bad_recipe_names_its_field(tmp_path: Path, scan_folder: Path) -> None:
+    (tmp_path / "bad.json").write_text('{"kind": "pretrain", "crops": {"min_iou": 2}}')
+
+    status, events, _ = trainer(
+        "pretrain", tmp_path / "bad.json", "--scans", scan_folder, "--out", tmp_path / "out"
+    )
+
+    assert status == 64
+    assert events[-1]["code"] == "bad_recipe" and "crops.min_iou" in events[-1]["detail"]
+
+
+def test_no_scans_is_bad_data(tmp_path: Path, pretrain_recipe: PretrainRecipe) -> None:
+    (tmp_path / "pre.json").write_text(pretrain_recipe.model_dump_json())
+    (tmp_path / "empty").mkdir()
+
+    status, events, _ = trainer(
+        "pretrain", tmp_path / "pre.json", "--scans", tmp_path / "empty", "--out", tmp_path / "out"
+    )
+
+    assert status == 64 and events[-1]["code"] == "no_scans"
+
+
+def make_errors() -> list[tuple[Exception, int, str]]:
+    import torch
+
+    return [
+        (errors.Preempted(3), 75, "preempted"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 76, "gpu_out_of_memory"),
+        (MemoryError(), 77, "host_out_of_memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 77, "host_out_of_memory"),
+        (errors.NonFiniteLossError(3), 78, "non_finite_loss"),
+        (errors.ParityError("x"), 79, "parity_failed"),
+        (OSError(28, "No space left on device"), 1, "disk_full"),
+        (errors.DiskFullError("x"), 1, "disk_full"),
+        (KeyError("x"), 1, "failed"),
+    ]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), make_errors())
+def test_every_end_has_its_exit_status(error: Exception, status: int, code: str) -> None:
+    assert classify(error)[:2] == (status, code)

@@ -1,0 +1,17 @@
+"""How a model is made: plain functions that run from a shell; `tasks` alone knows the service.
+
+__main__     python -m trainer pretrain | finetune | export
+pretrain     the self-supervised loop
+finetune     the segmentation loop
+methods/     what pretraining learns from; one file a method
+data/        scans, the cache, where crops are cut, how views are made
+losses       InfoNCE, Dice + cross-entropy
+ema          the momentum encoder's update
+metrics      Dice per label
+checkpoint   atomic files that a killed run resumes from
+transfer     weights of a bundle into a network, key by key
+export       ONNX, parity gate, bundle
+randomness   generators that follow from (seed, step)
+report       events for a supervisor or a progress line for a human
+errors       what ends a run, with its exit status
+"""

@@ -1,0 +1,187 @@
+"""`python -m trainer pretrain | finetune | export`: the shell's and the supervisor's way in.
+
+Exit status: 0 done; 64 bad recipe or data; 75 stopped on request, checkpoint written; 76 GPU out
+of memory; 77 host out of memory; 78 non-finite loss; 79 parity gate failed; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter, ValidationError
+
+from models.bundle import BundleError
+from models.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from trainer import errors
+from trainer.errors import DataError, TrainingError
+from trainer.report import Human, JsonLines, Report
+
+if TYPE_CHECKING:  # torch takes seconds to import; a bad recipe is refused before
+    import torch
+
+_PR_SET_PDEATHSIG = 1
+_RECIPE: TypeAdapter[PretrainRecipe | FinetuneRecipe] = TypeAdapter(Recipe)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(arguments)
+    if args.events == "jsonl":
+        die_with_parent()
+    report: Report = JsonLines() if args.events == "jsonl" else Human()
+    stop = _StopSignal()
+    try:
+        _run(args, report, stop)
+    except Exception as error:  # noqa: BLE001 - the border of the process: every end gets a status
+        status, code, detail = classify(error)
+        if status == errors.FAILED:
+            traceback.print_exc()
+        report.error(code, detail)
+        return status
+    return 0
+
+
+def die_with_parent() -> None:
+    """Let Linux kill this process when its supervisor dies, so that no orphan holds the GPU.
+
+    Only for supervised runs (`--events jsonl`): a human's `nohup` must survive the shell.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def classify(error: Exception) -> tuple[int, str, str]:
+    """Exit status, code and detail of what ended a run."""
+    import torch
+
+    if isinstance(error, TrainingError):
+        return error.status, error.code, error.detail
+    if isinstance(error, BundleError):
+        return errors.BAD_INPUT, error.code, error.detail
+    if isinstance(error, torch.OutOfMemoryError):
+        return errors.GPU_OUT_OF_MEMORY, "gpu_out_of_memory", _first_line(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return errors.HOST_OUT_OF_MEMORY, "host_out_of_memory", _first_line(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return errors.FAILED, "disk_full", "no room left in the output folder"
+    return errors.FAILED, "failed", f"{type(error).__name__}: {_first_line(error)}"
+
+
+class _StopSignal:
+    """Turns true at the first SIGTERM or Ctrl-C; the loop then ends after its step."""
+
+    def __init__(self) -> None:
+        self._stops = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def __call__(self) -> bool:
+        return self._stops
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stops = True
+
+
+def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
+    recipe = None if args.command == "export" else read_recipe(args.recipe, args.command)
+    import torch
+
+    from trainer import checkpoint, export, finetune, folder, pretrain
+    from trainer.data.scans import discover
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.command == "export":
+        export.publish(checkpoint.load(args.checkpoint), args.out / folder.BUNDLE, report)
+        return
+    device = _device(args.device)
+    scans = discover(args.scans)
+    if isinstance(recipe, PretrainRecipe):
+        pretrain.run(
+            recipe, scans, args.out, report,
+            device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
+        )  # fmt: skip
+    elif isinstance(recipe, FinetuneRecipe):
+        finetune.run(
+            recipe, scans, args.out, report,
+            device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
+            parent=args.parent,
+        )  # fmt: skip
+
+
+def read_recipe(path: Path, kind: str) -> PretrainRecipe | FinetuneRecipe:
+    """Read a recipe of one kind.
+
+    Raises:
+        DataError: `bad_recipe`, naming the first field that is wrong.
+    """
+    try:
+        recipe = _RECIPE.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError("bad_recipe", "the recipe file does not exist") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"] if part != kind)
+        raise DataError("bad_recipe", f"{field or 'recipe'}: {first['msg']}") from error
+    if recipe.kind != kind:
+        raise DataError("bad_recipe", f"kind: this is a {recipe.kind} recipe, expected {kind}")
+    return recipe
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DataError("no_gpu", "cuda was asked for and torch sees no GPU")
+    return torch.device(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for kind in ("pretrain", "finetune"):
+        command = commands.add_parser(kind)
+        command.add_argument("recipe", type=Path, help="JSON file")
+        command.add_argument("--scans", type=Path, required=True, help="folder or JSON list")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        command.add_argument("--run-id")
+        command.add_argument("--cache", type=Path, help="preprocessed volumes; OUT/cache")
+        if kind == "finetune":
+            command.add_argument("--parent", type=Path, help="bundle to start from")
+        _add_common(command)
+    command = commands.add_parser("export")
+    command.add_argument("--checkpoint", type=Path, required=True)
+    _add_common(command)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--events", choices=("human", "jsonl"), default="human")
+    command.add_argument("--threads", type=int, default=0, help="0 lets torch choose")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

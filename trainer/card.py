@@ -1,0 +1,99 @@
+"""The model card: a bundle's manifest, for a reader."""
+
+from __future__ import annotations
+
+from models.bundle import Manifest
+from models.recipe import Window
+
+
+def card_text(manifest: Manifest) -> str:
+    """What the model is, what it wants, how good it is, and where it comes from, in Markdown."""
+    return "\n".join(
+        [
+            f"# {_title(manifest)}",
+            "",
+            f"**{manifest.intended_use.capitalize()}.**",
+            "",
+            *_input_lines(manifest),
+            "",
+            *_result_lines(manifest),
+            "",
+            *_origin_lines(manifest),
+            "",
+            *_parity_lines(manifest),
+            "",
+        ]
+    )
+
+
+def _title(manifest: Manifest) -> str:
+    width = manifest.recipe.network.base_width
+    if manifest.kind == "encoder":
+        return f"Encoder: 3D U-Net, base width {width}, pretrained with PCRL"
+    return f"Segmenter of {', '.join(manifest.labels)}: 3D U-Net, base width {width}"
+
+
+def _input_lines(manifest: Manifest) -> list[str]:
+    spec = manifest.preprocessing
+    spacing = " x ".join(f"{size:g}" for size in spec.spacing_mm)
+    if isinstance(spec.intensity, Window):
+        low, high = spec.intensity.low_hu, spec.intensity.high_hu
+        scale = f"{low:g} to {high:g} HU, scaled to 0..1 and clipped"
+    else:
+        scale = "zero mean and unit deviation over the non-zero voxels"
+    patch = " x ".join(str(size) for size in manifest.patch_size)
+    return [
+        "## Input and output",
+        "",
+        f"- Volume in {spec.orientation}+ at {spacing} mm; intensities {scale}.",
+        f"- `image` (batch, 1, I, J, K), patches of {patch} voxels; I, J, K multiples of 8.",
+        f"- `{manifest.outputs[0].name}` {list(manifest.outputs[0].shape)}.",
+    ]
+
+
+def _result_lines(manifest: Manifest) -> list[str]:
+    lines = ["## Measured", ""]
+    if not manifest.metrics:
+        return [*lines, "Nothing: an encoder is judged by what is fine-tuned from it."]
+    rows = [
+        f"| {name} | {metric.value:.4f} | {metric.n} | {metric.split} |"
+        for name, metric in manifest.metrics.items()
+    ]
+    note = "The best checkpoint was chosen on these same cases, so the values are optimistic."
+    return [
+        *lines,
+        "| metric | value | cases | split |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        "",
+        note,
+    ]
+
+
+def _origin_lines(manifest: Manifest) -> list[str]:
+    lineage = manifest.lineage
+    lines = [
+        "## Origin",
+        "",
+        f"- Data set `{lineage.dataset_digest}`, seed {lineage.seed}, {lineage.num_steps} steps.",
+        f"- Recipe `{manifest.recipe.digest()}`, in full in `manifest.json`.",
+        f"- Code {lineage.code_version}, torch {lineage.torch_version}.",
+    ]
+    if lineage.parent_digest is not None:
+        lines.append(
+            f"- Started from bundle `{lineage.parent_digest}`: {len(lineage.loaded_keys)} tensors "
+            f"taken over, {len(lineage.skipped_keys)} not (both listed in `manifest.json`)."
+        )
+    return lines
+
+
+def _parity_lines(manifest: Manifest) -> list[str]:
+    return [
+        "## ONNX against torch",
+        "",
+        *(
+            f"- {parity.input_kind} input {list(parity.shape)}: largest difference "
+            f"{parity.max_abs_difference:.2g} (at most {parity.tolerance:.2g} allowed)."
+            for parity in manifest.parity
+        ),
+    ]

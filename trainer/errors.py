@@ -1,0 +1,70 @@
+"""What ends a run before its time, each with a stable code and the exit status of the process."""
+
+from __future__ import annotations
+
+BAD_INPUT = 64
+PREEMPTED = 75
+GPU_OUT_OF_MEMORY = 76
+HOST_OUT_OF_MEMORY = 77
+NON_FINITE_LOSS = 78
+PARITY_FAILED = 79
+FAILED = 1
+
+
+class TrainingError(Exception):
+    """A run that cannot go on.
+
+    Args:
+        code: Stable slug for programs.
+        detail: What was found and what was expected; names a file by its scan id alone.
+        status: Exit status of the process.
+    """
+
+    def __init__(self, code: str, detail: str, status: int = FAILED) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+        self.status = status
+
+
+class DataError(TrainingError):
+    """Scans, labels, recipe or parent that cannot be trained on; final."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(code, detail, BAD_INPUT)
+
+
+class Preempted(TrainingError):  # noqa: N818 - asked to stop, which is no error
+    """Stopped on request after a checkpoint; a rerun resumes."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            "preempted", f"stopped after step {step}; a rerun resumes there", PREEMPTED
+        )
+        self.step = step
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            "non_finite_loss",
+            f"the loss of step {step} is not finite; the last checkpoint is from before it",
+            NON_FINITE_LOSS,
+        )
+        self.step = step
+
+
+class ParityError(TrainingError):
+    """ONNX and torch disagree; no bundle is written."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("parity_failed", detail, PARITY_FAILED)
+
+
+class DiskFullError(TrainingError):
+    """No room for a checkpoint; the one before it is untouched."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("disk_full", detail)

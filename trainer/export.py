@@ -1,0 +1,278 @@
+"""From a checkpoint to a bundle: ONNX, proven equal to torch before anything is published."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import tempfile
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models import bundle
+from models.bundle import Lineage, Manifest, Metric, Parity, TensorSpec
+from models.networks.unet3d import STRIDE, Norm, UNet3d, UNet3dEncoder, pooled
+from models.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from trainer.card import card_text
+from trainer.checkpoint import State
+from trainer.errors import DataError, ParityError
+from trainer.report import Report
+
+OPSET = 20
+TOLERANCE = 1e-3
+"""Largest difference, as a part of the largest value of torch's answer where that is above 1."""
+MIN_AGREEMENT = 0.9999
+"""Of the argmax of logits, and the cosine of embeddings."""
+
+_RECIPE: TypeAdapter[PretrainRecipe | FinetuneRecipe] = TypeAdapter(Recipe)
+_AXES = ("i8", "j8", "k8")
+
+
+class PooledEncoder(nn.Module):
+    """The served embedding: the bottleneck pooled, before any head."""
+
+    def __init__(self, encoder: UNet3dEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 1, I, J, K) to (B, 16 W), not normalised."""
+        return pooled(self.encoder(image).bottleneck)
+
+
+def publish(state: State, folder: Path, report: Report) -> Path:
+    """Export a checkpoint's network, prove it, and publish its bundle.
+
+    Args:
+        state: A checkpoint of `trainer.pretrain` or `trainer.finetune`.
+        folder: Where the bundle will be; must not exist.
+        report: Told of the result.
+
+    Raises:
+        DataError: `bundle_exists`.
+        ParityError: ONNX and torch disagree; nothing is left behind.
+    """
+    if folder.exists():
+        raise DataError("bundle_exists", "there is a bundle at the output already")
+    recipe = _RECIPE.validate_json(state["recipe"])
+    network = restore(state, recipe)
+    served = PooledEncoder(network.encoder) if isinstance(recipe, PretrainRecipe) else network
+    served.eval()
+    manifest = _describe(state, recipe)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    report.progress("export", 0, 1)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
+        model = Path(scratch) / bundle.MODEL
+        to_onnx(served, model, manifest.outputs[0].name, _facts(manifest, state))
+        parity = check_parity(served, model, state["sample"].float(), manifest)
+        manifest = manifest.model_copy(update={"parity": parity})
+        weights = Path(scratch) / bundle.WEIGHTS
+        norm: Norm = norm_of(recipe)
+        tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+        save_file(tensors, weights, metadata={"norm": norm, "network": recipe.network.kind})
+        files = {bundle.MODEL: model, bundle.WEIGHTS: weights}
+        digest = bundle.save(folder, manifest, files, card_text(manifest))
+    report.progress("export", 1, 1)
+    report.result(folder.name, digest)
+    return folder
+
+
+def restore(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> UNet3d:
+    """The checkpoint's network on the host."""
+    width = recipe.network.base_width
+    num_classes = 1 + len(recipe.labels) if isinstance(recipe, FinetuneRecipe) else 1
+    network = UNet3d(1, num_classes, width, norm_of(recipe))
+    if isinstance(recipe, PretrainRecipe):
+        prefix = "student."
+        method: dict[str, Tensor] = state["method"]
+        weights = {k.removeprefix(prefix): v for k, v in method.items() if k.startswith(prefix)}
+    else:
+        weights = state["network"]
+    network.load_state_dict(weights)
+    return network
+
+
+def norm_of(recipe: PretrainRecipe | FinetuneRecipe) -> Norm:
+    """Batch norm in pretraining, group norm in fine-tuning (paper, section 7)."""
+    return "batch" if isinstance(recipe, PretrainRecipe) else "group"
+
+
+def to_onnx(network: nn.Module, path: Path, output: str, facts: dict[str, str]) -> None:
+    """Write a network as one ONNX file with free batch and spatial dimensions.
+
+    Args:
+        network: Takes (B, 1, I, J, K), in eval mode.
+        path: The file to write.
+        output: Name of the output.
+        facts: Go into the model's metadata.
+    """
+    # Batch 2: the exporter may freeze a dimension of size 1.
+    example = torch.zeros(2, 1, 4 * STRIDE, 3 * STRIDE, 2 * STRIDE)
+    dims = {0: torch.export.Dim("batch")}
+    dims |= {axis: torch.export.Dim(name) * STRIDE for axis, name in enumerate(_AXES, start=2)}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations are not ours to fix
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=[output],
+            dynamic_shapes=(dims,),
+            external_data=False,
+            verbose=False,
+        )
+        assert program is not None
+        model: onnx.ModelProto = program.model_proto
+    # The exporter writes stack traces with absolute paths and source lines into the file.
+    del model.metadata_props[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    for initializer in model.graph.initializer:
+        del initializer.metadata_props[:]
+    del model.graph.metadata_props[:]
+    onnx.helper.set_model_props(model, facts)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def check_parity(
+    network: nn.Module, model: Path, real: Tensor, manifest: Manifest
+) -> tuple[Parity, ...]:
+    """Compare torch and onnxruntime on random and on real input.
+
+    The random input has another batch and other extents than the example of the export.
+
+    Raises:
+        ParityError: Beyond the tolerance.
+    """
+    random = torch.rand(
+        3, 1, 2 * STRIDE, 3 * STRIDE, 4 * STRIDE, generator=torch.Generator().manual_seed(0)
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    found = []
+    for kind, image in (("random", random), ("real", real)):
+        with torch.inference_mode():
+            expected = network(image).numpy()
+        actual = session.run(None, {"image": image.numpy()})[0]
+        found.append(_compare(expected, actual, manifest, kind, tuple(image.shape)))
+    bad = [parity for parity in found if not parity.passed]
+    if bad:
+        shown = "; ".join(
+            f"{p.input_kind}: max difference {p.max_abs_difference:.3g} of {p.tolerance:.3g}"
+            f", argmax agreement {p.argmax_agreement}, cosine {p.embedding_cosine}"
+            for p in bad
+        )
+        raise ParityError(f"onnxruntime and torch disagree: {shown}")
+    return tuple(found)
+
+
+def _compare(
+    expected: NDArray[np.float32],
+    actual: NDArray[np.float32],
+    manifest: Manifest,
+    kind: str,
+    shape: tuple[int, ...],
+) -> Parity:
+    tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    difference = float(np.abs(expected - actual).max())
+    agreement = cosine = None
+    if manifest.kind == "segmenter":
+        agreement = float((expected.argmax(axis=1) == actual.argmax(axis=1)).mean())
+    else:
+        lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(actual, axis=1)
+        cosine = float(((expected * actual).sum(axis=1) / np.maximum(lengths, 1e-30)).min())
+    worst = agreement if agreement is not None else cosine
+    assert worst is not None
+    return Parity(
+        input_kind="random" if kind == "random" else "real",
+        shape=shape,
+        provider="CPUExecutionProvider",
+        max_abs_difference=difference,
+        tolerance=tolerance,
+        argmax_agreement=agreement,
+        embedding_cosine=cosine,
+        # NaN compares false, so it fails too.
+        passed=bool(difference <= tolerance and worst >= MIN_AGREEMENT),
+    )
+
+
+def _describe(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> Manifest:
+    spatial = tuple(f"{STRIDE}*{name}" for name in _AXES)
+    lineage = Lineage(
+        run_id=state["run_id"] or None,
+        dataset_digest=state["data_digest"],
+        parent_digest=state.get("parent_digest") or None,
+        loaded_keys=tuple(state.get("loaded_keys", ())),
+        skipped_keys=tuple(state.get("skipped_keys", ())),
+        seed=recipe.seed,
+        num_steps=state["step"],
+        code_version=_code_version(),
+        torch_version=torch.__version__,
+    )
+    if isinstance(recipe, FinetuneRecipe):
+        labels = tuple(recipe.labels)
+        patch, overlap = recipe.patch_size, recipe.overlap
+        output = TensorSpec(name="logits", shape=("batch", 1 + len(labels), *spatial))
+    else:
+        labels, patch, overlap = (), recipe.crops.input_size, 0.5
+        output = TensorSpec(name="embedding", shape=("batch", 16 * recipe.network.base_width))
+    metrics = {
+        name: Metric.model_validate(value) for name, value in state.get("metrics", {}).items()
+    }
+    return Manifest(
+        kind="segmenter" if labels else "encoder",
+        labels=labels,
+        inputs=(TensorSpec(name="image", shape=("batch", 1, *spatial)),),
+        outputs=(output,),
+        preprocessing=recipe.preprocessing,
+        patch_size=patch,
+        overlap=overlap,
+        recipe=recipe,
+        lineage=lineage,
+        metrics=metrics,
+        parity=(),
+        created_at=datetime.now(UTC),
+    )
+
+
+def _facts(manifest: Manifest, state: State) -> dict[str, str]:
+    spec = manifest.preprocessing
+    return {
+        "kind": manifest.kind,
+        "labels": ",".join(manifest.labels),
+        "orientation": spec.orientation,
+        "spacing_mm": ",".join(f"{size:g}" for size in spec.spacing_mm),
+        "intensity": spec.intensity.model_dump_json(),
+        "patch_size": ",".join(str(size) for size in manifest.patch_size),
+        "stride": str(STRIDE),
+        "run_id": manifest.lineage.run_id or "",
+        "dataset_digest": manifest.lineage.dataset_digest,
+        "recipe_digest": state["recipe_digest"],
+        "code_version": manifest.lineage.code_version,
+        "intended_use": manifest.intended_use,
+    }
+
+
+def _code_version() -> str:
+    try:
+        return importlib.metadata.version("pcrl")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "checkout"

@@ -1,0 +1,66 @@
+"""What training minimises, in float32 whatever precision the network runs in.
+
+B batch, C classes with background first, E embedding, N queue, I J K voxels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own idiom
+from torch import Tensor
+
+
+def nce_loss(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Noise-contrastive estimation between two views (paper Eq. 7).
+
+    Departs from Eq. 7 as printed, whose denominator sums the queue alone: here the positive
+    pair is in the denominator too, as in MoCo (He et al., 2020, Eq. 1), so the loss is a
+    cross-entropy and never negative.
+
+        for each sample b:
+            logits = [query[b] . key[b]] + [query[b] . k for k in queue]
+            loss += cross_entropy(logits / temperature, target=0)
+
+    Args:
+        query: Unit-length embeddings from the ordinary encoder, (B, E); carries the gradient.
+        key: Unit-length embeddings from the momentum encoder, (B, E); detached.
+        queue: Unit-length past embeddings, the negatives, (N, E).
+        temperature: Softmax temperature (tau in the paper), > 0.
+
+    Returns:
+        Scalar loss, mean over the batch.
+    """
+    positive = (query * key).sum(dim=1, keepdim=True)  # (B, 1)
+    negatives = query @ queue.T  # (B, N)
+    logits = torch.cat([positive, negatives], dim=1) / temperature  # (B, 1 + N)
+    target = torch.zeros(len(query), dtype=torch.long, device=query.device)
+    return F.cross_entropy(logits, target)
+
+
+def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
+    """One minus the soft Dice of every class but background, over the batch as one volume.
+
+        for each class c >= 1:
+            overlap = sum of softmax(logits)[c] where target == c
+            size = sum of softmax(logits)[c] + number of voxels where target == c
+            loss += 1 - (2 * overlap + smooth) / (size + smooth)
+
+    Args:
+        logits: (B, C, I, J, K).
+        target: Class of each voxel, int64 (B, I, J, K).
+        smooth: Keeps a class that is absent and not predicted at Dice 1.
+
+    Returns:
+        Scalar loss, mean over the classes, in [0, 1].
+    """
+    probability = logits.float().softmax(dim=1)[:, 1:]
+    truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].to(probability.dtype)
+    over = (0, 2, 3, 4)
+    overlap = (probability * truth).sum(dim=over)  # (C - 1,)
+    size = probability.sum(dim=over) + truth.sum(dim=over)
+    return (1.0 - (2.0 * overlap + smooth) / (size + smooth)).mean()
+
+
+def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Dice loss plus voxel-wise cross-entropy, equally weighted; arguments as in `dice_loss`."""
+    return dice_loss(logits, target) + F.cross_entropy(logits.float(), target)

@@ -1,0 +1,164 @@
+"""Self-supervised pretraining: one loop, from scans to an encoder bundle."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.recipe import TISSUE_HU, PretrainRecipe, Window
+from trainer import checkpoint, export, folder
+from trainer.data import sampling
+from trainer.data.cache import Case, VolumeCache
+from trainer.data.resident import Resident, Size
+from trainer.data.sampling import PairSampler
+from trainer.data.scans import ScanSet
+from trainer.errors import NonFiniteLossError, Preempted
+from trainer.folder import ShouldStop
+from trainer.methods import METHODS
+from trainer.report import Report
+
+
+def run(
+    recipe: PretrainRecipe,
+    scans: ScanSet,
+    out: Path,
+    report: Report,
+    *,
+    device: torch.device,
+    should_stop: ShouldStop,
+    run_id: str | None = None,
+    cache: Path | None = None,
+) -> Path:
+    """Pretrain on the training split, or go on where an earlier call with this `out` stopped.
+
+    Args:
+        recipe: What to do.
+        scans: What to do it on; labels are not read.
+        out: The run's folder; see `trainer.folder`.
+        report: Where progress goes.
+        device: Where to compute.
+        should_stop: Asked after every step; true ends the run with a checkpoint.
+        run_id: The service's name for the run, for the lineage.
+        cache: Folder of preprocessed volumes; `out/cache` if None.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        DataError: Scans that cannot be trained on.
+        Preempted: Stopped on request.
+        NonFiniteLossError: The loss is not finite.
+        DiskFullError: No room for a checkpoint.
+        ParityError: ONNX and torch disagree.
+    """
+    if (done := folder.finished(out, recipe, report)) is not None:
+        return done
+    cases = _prepare(recipe, scans, cache or out / folder.CACHE, report)
+    volumes, sampler = _make_resident(recipe, cases, device)
+    sample = folder.centre_sample(cases[0].image, cases[0].background, recipe.crops.input_size)
+    head = folder.header(recipe, scans, sample, device, run_id)
+
+    torch.manual_seed(recipe.seed)
+    method = METHODS[recipe.method.name](recipe).to(device).train()
+    optimizer = torch.optim.SGD(
+        method.trained(),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    start = 0
+    if (state := folder.resume(out, head, report)) is not None:
+        start = state["step"]
+        method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore_rng(state["rng"])
+
+    def save(step: int) -> None:
+        parts = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
+        whole = {**head, **parts, "rng": checkpoint.rng_state()}
+        checkpoint.save(out / folder.CHECKPOINTS, step, whole)
+
+    # On a GPU the loss is looked at when something is logged or saved, so that no step waits; the
+    # first bad step is remembered on the device.
+    bad_step = torch.full((), -1, dtype=torch.long, device=device)
+    watch_every = recipe.log_every if device.type == "cuda" else 1
+    window_start, window_s = start, time.monotonic()
+    report.progress("pretrain", start, recipe.num_steps)
+    for step in range(start + 1, recipe.num_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(recipe.learning_rate, step - 1, recipe.num_steps)
+        views = method.make_views(volumes, sampler, step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = method.losses(views)
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()  # type: ignore[no-untyped-call]  # of torch
+        optimizer.step()
+        method.update(losses)
+
+        is_bad = ~losses.total.detach().isfinite() & (bad_step < 0)
+        bad_step = torch.where(is_bad, step, bad_step)
+        is_logged = step % recipe.log_every == 0 or step == recipe.num_steps
+        stops = should_stop()
+        is_saved = step % recipe.checkpoint_every == 0 or step == recipe.num_steps or stops
+        if (is_logged or is_saved or step % watch_every == 0) and int(bad_step) >= 0:
+            raise NonFiniteLossError(int(bad_step))
+        if is_logged:
+            pace = (step - window_start) / (time.monotonic() - window_s)
+            window_start, window_s = step, time.monotonic()
+            values = {name: float(value) for name, value in losses.named().items()}
+            lr = float(optimizer.param_groups[0]["lr"])
+            report.metric(step, {**values, "learning_rate": lr, "steps_per_s": pace})
+            report.progress("pretrain", step, recipe.num_steps)
+        if is_saved:
+            save(step)
+        if stops and step < recipe.num_steps:
+            raise Preempted(step)
+
+    final = checkpoint.load_newest(out / folder.CHECKPOINTS)
+    assert final is not None
+    return export.publish(final, out / folder.BUNDLE, report)
+
+
+def cosine(base: float, step: int, num_steps: int) -> float:
+    """Learning rate after `step` of `num_steps`: from `base` to 0 along half a cosine."""
+    return base * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
+
+
+def _prepare(recipe: PretrainRecipe, scans: ScanSet, cache: Path, report: Report) -> list[Case]:
+    store = VolumeCache(cache)
+    chosen = scans.of("train")
+    cases = []
+    for done, scan in enumerate(chosen, start=1):
+        cases.append(store.image(scan, recipe.preprocessing))
+        report.progress("prepare", done, len(chosen))
+    return cases
+
+
+def _make_resident(
+    recipe: PretrainRecipe, cases: list[Case], device: torch.device
+) -> tuple[Resident, PairSampler]:
+    sizes = recipe.crops.crop_sizes
+    largest: Size = (
+        max(size[0] for size in sizes),
+        max(size[1] for size in sizes),
+        max(size[2] for size in sizes),
+    )
+    volumes = Resident.of(
+        [case.image for case in cases],
+        fill=[case.background for case in cases],
+        at_least=largest,
+        device=device,
+    )
+    tissue = None
+    if recipe.crops.max_tissue is not None:
+        window = recipe.preprocessing.intensity
+        assert isinstance(window, Window)
+        limit = (TISSUE_HU - window.low_hu) / (window.high_hu - window.low_hu)
+        tissue = [
+            sampling.tissue_mask(volume.astype(np.float32), limit) for volume in volumes.on_host()
+        ]
+    return volumes, PairSampler(recipe.crops, volumes.shapes, tissue)
