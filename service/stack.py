@@ -101,7 +101,8 @@ class Stack:
                 pause = min(max(2 * previous, MIN_RESTART_PAUSE_S), MAX_RESTART_PAUSE_S)
                 self._pauses_s[name] = pause
                 self._restart_at[name] = now + pause
-            elif now >= self._restart_at.pop(name):
+            elif now >= self._restart_at[name]:
+                del self._restart_at[name]
                 self._spawn(name)
 
     def pid_of(self, name: str) -> int:
