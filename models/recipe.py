@@ -134,6 +134,8 @@ class PretrainRecipe(Part):
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
     fused: bool = True
     """Compute the decoder's up-convolutions fused: the same function, a third fewer operations."""
+    compile: bool = False
+    """Compile the step with torch.compile: minutes once, the same function but for rounding."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     checkpoint_every: PositiveInt = 500
     log_every: PositiveInt = 10

@@ -108,7 +108,8 @@ def test_painting_keeps_its_promises_and_leaves_the_clean_view_alone() -> None:
     drawn = augment.draw_corruption(RECIPE, kinds, generator(0, 1, "painting"))
     sharp = augment.Corruption(kinds, drawn.box_start, drawn.box_size, torch.zeros(3, 3))
 
-    painted = augment.corrupt(clean, sharp, generator(0, 1, "noise"))
+    noise = torch.rand(clean[:, 0].shape, generator=generator(0, 1, "noise"))
+    painted = augment.corrupt(clean, sharp, noise)
 
     inside = augment.inside_boxes(drawn, clean.shape[2:])[:, None]
     same = torch.isclose(painted, clean, atol=1e-6)

@@ -20,6 +20,7 @@ from torch import Tensor
 from models.recipe import CropPairs
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import Pairs
+from trainer.data.to_device import to_device
 
 MAX_BOXES = 5
 BOX_PROBABILITY = 0.95
@@ -95,35 +96,38 @@ def make_clean(
     volumes: Resident, recipe: CropPairs, pairs: Pairs, view: int, geometry: Geometry
 ) -> Tensor:
     """Cut, resize, flip and rotate one view of every pair, float32 (B, 1, I, J, K)."""
-    device = volumes.flat.device
+    device = volumes.device
     out = torch.empty(len(pairs.volume), *recipe.input_size, device=device)
     for index in sorted(set(pairs.size.tolist())):  # crops of one size are one batch
         at = (pairs.size == index).nonzero()[:, 0]
         size: Size = recipe.crop_sizes[index]
         crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
-        flips = geometry.flips[at].to(device)
+        flips = to_device(geometry.flips[at], device)
         matrices = [
-            _flipped(resize_matrix(size[axis], recipe.input_size[axis]).to(device), flips[:, axis])
+            _flipped(
+                to_device(resize_matrix(size[axis], recipe.input_size[axis]), device),
+                flips[:, axis],
+            )
             for axis in range(3)
         ]
-        out[at.to(device)] = along_axes(crop, matrices)
-    return rotate_in_plane(out, geometry.angle.to(device))[:, None]
+        out[to_device(at, device)] = along_axes(crop, matrices)
+    return rotate_in_plane(out, to_device(geometry.angle, device))[:, None]
 
 
-def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> Tensor:
+def corrupt(clean: Tensor, corruption: Corruption, noise: Tensor) -> Tensor:
     """Paint with uniform noise, then blur, (B, 1, I, J, K).
 
     Args:
         clean: (B, 1, I, J, K); not changed.
         corruption: What was drawn.
-        random: Of the noise, on the views' device.
+        noise: Uniform in [0, 1), (B, I, J, K) on the views' device.
     """
-    noise = torch.rand(clean.shape, generator=random, device=clean.device)
-    inside = inside_boxes(corruption, clean.shape[2:]).to(clean.device)[:, None]
-    kind = corruption.painting.to(clean.device)[:, None, None, None, None]
+    device = clean.device
+    inside = to_device(inside_boxes(corruption, clean.shape[2:]), device)
+    kind = to_device(corruption.painting, device)[:, None, None, None]
     is_noise = torch.where(kind == OUTPAINT, ~inside, inside & (kind == INPAINT))
-    painted = torch.where(is_noise, noise, clean)[:, 0]
-    sigma = corruption.blur_sigma.to(clean.device)
+    painted = torch.where(is_noise, noise, clean[:, 0])
+    sigma = to_device(corruption.blur_sigma, device)
     matrices = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
     return along_axes(painted, matrices)[:, None]
 

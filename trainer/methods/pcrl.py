@@ -27,17 +27,18 @@ from torch import Tensor, nn
 from models.networks.heads import Projector, TransAttention
 from models.networks.unet3d import Features, SkipResponses, UNet3d, UNet3dEncoder
 from models.recipe import PretrainRecipe
-from trainer import ema
+from trainer import distributed, ema
 from trainer.data import augment
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
+from trainer.data.to_device import to_device
 from trainer.losses import nce_loss
-from trainer.randomness import generator
+from trainer.randomness import generator, take
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """One batch, and what was drawn for it.
+    """One batch, in shuffled order, and what was drawn for it; of several ranks, one's share.
 
     Attributes:
         clean_o: X_o^1, cropped, flipped and rotated, (B, 1, I, J, K) in network intensities.
@@ -46,7 +47,6 @@ class Views:
         input_m: X_m^2.
         indicators: vec(T) of the three encoders, (3, B, 7).
         mix: lambda of CrossMix, one for features and target.
-        order: Shuffle of the batch before the momentum encoder, (B,).
     """
 
     clean_o: Tensor
@@ -55,7 +55,6 @@ class Views:
     input_m: Tensor
     indicators: Tensor
     mix: float
-    order: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +104,20 @@ class Pcrl(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def make_views(self, volumes: Resident, sampler: PairSampler, step: int) -> Views:
-        """Draw and make the batch of a step; depends on the recipe's seed and the step alone."""
+        """Draw and make the batch of a step; depends on the recipe's seed and the step alone.
+
+        Numbers are drawn for the whole batch, views made for this rank's share of it. The batch is
+        shuffled here, as numbers, for the momentum encoder's groups.
+        """
         crops, seed, batch = self.recipe.crops, self.recipe.seed, self.recipe.batch_size
-        device = volumes.flat.device
-        pairs = sampler.draw(batch, generator(seed, step, "pairs"))
+        device = volumes.device
+        order = torch.randperm(batch, generator=generator(seed, step, "order"))
+        rows = distributed.share(order)
+        pairs = take(sampler.draw(batch, generator(seed, step, "pairs")), rows)
         shapes = generator(seed, step, "geometry")
         clean = [
             augment.make_clean(
-                volumes, crops, pairs, view, augment.draw_geometry(crops, batch, shapes)
+                volumes, crops, pairs, view, take(augment.draw_geometry(crops, batch, shapes), rows)
             )
             for view in (0, 1)
         ]
@@ -120,7 +125,13 @@ class Pcrl(nn.Module):
         noise = generator(seed, step, "noise", device)
         kind = augment.draw_painting(crops, batch, painting)
         spoiled = [
-            augment.corrupt(view, augment.draw_corruption(crops, kind, painting), noise)
+            augment.corrupt(
+                view,
+                take(augment.draw_corruption(crops, kind, painting), rows),
+                distributed.share(
+                    torch.rand(batch, *crops.input_size, generator=noise, device=device)
+                ),
+            )
             for view in clean
         ]
         codes = generator(seed, step, "indicators")
@@ -130,9 +141,8 @@ class Pcrl(nn.Module):
             clean_m=clean[1],
             input_o=spoiled[0],
             input_m=spoiled[1],
-            indicators=indicators.to(device),
+            indicators=to_device(indicators[:, rows], device),
             mix=_draw_mix(self.recipe.method.mix_alpha, generator(seed, step, "mix")),
-            order=torch.randperm(batch, generator=generator(seed, step, "order")).to(device),
         )
 
     def losses(self, views: Views) -> Losses:
@@ -140,7 +150,7 @@ class Pcrl(nn.Module):
         method = self.recipe.method
         lam = views.mix
         features_o: Features = self.student.encoder(views.input_o)
-        features_m = self._encode_momentum(views)
+        features_m = self._encode_momentum(views.input_m)
         bottlenecks = {
             "o": features_o.bottleneck,
             "m": features_m.bottleneck,
@@ -185,7 +195,9 @@ class Pcrl(nn.Module):
         beta = self.recipe.method.ema_momentum
         ema.update(self.momentum_encoder, self.student.encoder, beta)
         ema.update(self.momentum_projector, self.projector, beta)
-        self.push(losses.pushed)
+        samples = self.recipe.batch_size // distributed.num_ranks()
+        by_kind = losses.pushed.reshape(-1, samples, losses.pushed.shape[1])  # (3, B, E)
+        self.push(distributed.concatenate(by_kind, dim=1).flatten(0, 1))
 
     @torch.no_grad()
     def push(self, vectors: Tensor) -> None:
@@ -221,16 +233,16 @@ class Pcrl(nn.Module):
         return torch.sigmoid(self.student.out(decoded).float())
 
     @torch.no_grad()
-    def _encode_momentum(self, views: Views) -> Features:
+    def _encode_momentum(self, images: Tensor) -> Features:
         """Encode in shuffled groups, so that a key's batch statistics do not give its query away.
 
-        On one device this is what shuffling over devices is in MoCo (row 22).
+        What shuffling over devices is in MoCo (row 22): the batch was shuffled when it was drawn,
+        and a rank holds whole groups, so no image and no feature travels (docs/adr/0007).
         """
-        shuffled = views.input_m[views.order]
-        groups = min(self.recipe.method.momentum_groups, len(shuffled) // 2)
-        parts = [self.momentum_encoder(part) for part in shuffled.chunk(groups)]
-        back = views.order.argsort()
-        return Features(*(torch.cat(level)[back] for level in zip(*parts, strict=True)))
+        groups = min(self.recipe.method.momentum_groups, self.recipe.batch_size // 2)
+        ours = groups // distributed.num_ranks()
+        parts = [self.momentum_encoder(part) for part in images.chunk(ours)]
+        return Features(*(torch.cat(level) for level in zip(*parts, strict=True)))
 
 
 def mix_features(ordinary: Features, momentum: Features, lam: float) -> Features:
