@@ -72,7 +72,7 @@ class ImageCache:
         prepared = prepare_image(pixels, spec)
         if self._stored == "float16":
             return prepared.astype(np.float16)
-        return np.rint(prepared * 255.0).astype(np.uint8)
+        return (prepared * 255.0 + 0.5).astype(np.uint8)  # [0, 1], so this rounds
 
 
 @dataclass(frozen=True, slots=True)
