@@ -1,7 +1,7 @@
 """Views from crops: the numbers are drawn first, then applied to the whole batch on the device.
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
-plane (one 2D interpolation with the slices as channels). The corrupted view is the clean one
+plane (one 2D interpolation with the slices as channels) or about all axes with a scaling (3D). The corrupted view is the clean one
 painted (boolean boxes) and blurred (one matrix an axis), in the order in which the paper lists
 them. The blur has its own matrices because the clean view, the target, must not have it.
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
 from models.recipe import CropPairs
+from trainer.data import affine
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import Pairs
 
@@ -31,10 +32,17 @@ NONE, INPAINT, OUTPAINT = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How clean views are made: flips bool (B, 3), angle in radians (B,)."""
+    """How clean views are made.
+
+    Attributes:
+        flips: Along I, J, K, bool (B, 3).
+        angles: About I, J and K in radians, (B, 3); those about I and J only for `rotation` all.
+        scales: Of the content along I, J, K, (B, 3).
+    """
 
     flips: Tensor
-    angle: Tensor
+    angles: Tensor
+    scales: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +63,17 @@ class Corruption:
 
 
 def draw_geometry(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Geometry:
-    """Flips of all three axes and a rotation in the IJ plane."""
+    """Flips, a rotation and a scaling (rows 29 and 30)."""
     flips = torch.rand(batch_size, 3, generator=random) < recipe.flip_probability
-    turn = 2 * torch.rand(batch_size, generator=random) - 1
-    return Geometry(flips, turn * math.radians(recipe.max_rotation_deg))
+    turn = 2 * torch.rand(batch_size, 3, generator=random) - 1
+    stretch = 2 * torch.rand(batch_size, 3, generator=random) - 1
+    may_flip = torch.tensor([axis in recipe.flip_axes for axis in "ijk"])
+    may_turn = torch.tensor([recipe.rotation == "all", recipe.rotation == "all", True])
+    return Geometry(
+        flips=flips & may_flip,
+        angles=turn * may_turn * math.radians(recipe.max_rotation_deg),
+        scales=1 + stretch * recipe.max_scaling,
+    )
 
 
 def draw_painting(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Tensor:
@@ -97,8 +112,9 @@ def make_clean(
     """Cut, resize, flip and rotate one view of every pair, float32 (B, 1, I, J, K)."""
     device = volumes.flat.device
     out = torch.empty(len(pairs.volume), *recipe.input_size, device=device)
-    for index in sorted(set(pairs.size.tolist())):  # crops of one size are one batch
-        at = (pairs.size == index).nonzero()[:, 0]
+    sizes = pairs.size[:, view]
+    for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
+        at = (sizes == index).nonzero()[:, 0]
         size: Size = recipe.crop_sizes[index]
         crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
         flips = geometry.flips[at].to(device)
@@ -107,7 +123,10 @@ def make_clean(
             for axis in range(3)
         ]
         out[at.to(device)] = along_axes(crop, matrices)
-    return rotate_in_plane(out, geometry.angle.to(device))[:, None]
+    angles = geometry.angles.to(device)
+    if recipe.rotation == "in_plane" and recipe.max_scaling == 0:
+        return affine.rotate_in_plane(out, angles[:, 2])[:, None]
+    return affine.rotate_and_scale(out, angles, geometry.scales.to(device))[:, None]
 
 
 def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> Tensor:
@@ -196,20 +215,6 @@ def blur_matrix(n: int, sigma: Tensor) -> Tensor:
     matrix[:, :, 0] += beyond
     matrix[:, :, -1] += beyond.flip(1)
     return matrix / total
-
-
-def rotate_in_plane(x: Tensor, angle: Tensor) -> Tensor:
-    """Turn (B, I, J, K) in the IJ plane about its centre, bilinear, I == J.
-
-    What comes in from outside is each sample's minimum, as in TorchIO's RandomAffine.
-    """
-    floor = x.amin(dim=(1, 2, 3), keepdim=True)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrix = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).reshape(-1, 2, 3)
-    slices = (x - floor).permute(0, 3, 1, 2)  # (B, K, I, J)
-    grid = F.affine_grid(matrix, list(slices.shape), align_corners=False)
-    turned = F.grid_sample(slices, grid, mode="bilinear", align_corners=False)
-    return turned.permute(0, 2, 3, 1) + floor
 
 
 def draw_indicators(batch_size: int, random: torch.Generator) -> Tensor:
