@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,8 @@ TRUNCATE = 4.0
 
 NONE, INPAINT, OUTPAINT = 0, 1, 2
 
-AT_ONCE = 8
-"""Views that a CPU corrupts at once; more do not stay in its caches."""
+AT_ONCE = 4
+"""Views that a CPU makes at once; memory for more is fetched from the system every time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,10 @@ class Corruption:
     box_size: Tensor
     blur_sigma: Tensor
 
-    def split(self, size: int) -> list[Corruption]:
-        """The same for parts of the batch."""
+    def part(self, at: slice) -> Corruption:
+        """The same for part of the batch."""
         fields = (self.painting, self.box_start, self.box_size, self.blur_sigma)
-        parts = zip(*(field.split(size) for field in fields), strict=True)
-        return [Corruption(*part) for part in parts]
+        return Corruption(*(field[at] for field in fields))
 
 
 def draw_geometry(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Geometry:
@@ -109,19 +109,21 @@ def make_clean(
 ) -> Tensor:
     """Cut, resize, flip and rotate one view of every pair, float32 (B, 1, I, J, K)."""
     device = volumes.flat.device
-    i, j, k = recipe.input_size
-    out = _by_voxel(torch.empty(len(pairs.volume), k, i, j, device=device))
+    out = _by_voxel(torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device))
     for index in sorted(set(pairs.size.tolist())):  # crops of one size are one batch
-        at = (pairs.size == index).nonzero()[:, 0]
         size: Size = recipe.crop_sizes[index]
-        crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
-        flips = geometry.flips[at].to(device)
-        matrices = [
-            _flipped(resize_matrix(size[axis], recipe.input_size[axis]).to(device), flips[:, axis])
-            for axis in range(3)
-        ]
-        out[at.to(device)] = along_axes(crop, matrices)
-    return rotate_in_plane(out, geometry.angle.to(device))[:, None]
+        along_i, along_j, along_k = (
+            resize_matrix(*extents).to(device)
+            for extents in zip(size, recipe.input_size, strict=True)
+        )
+        of_size = (pairs.size == index).nonzero()[:, 0]
+        for at in of_size.split(_at_once(device, len(of_size))):
+            crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
+            flips = geometry.flips[at].to(device)
+            resized = along_axes(crop, [along_i, along_j, _flipped(along_k, flips[:, 2])])
+            angle = geometry.angle[at].to(device)
+            out[at.to(device)] = rotate_in_plane(resized, angle, flips[:, :2])
+    return out[:, None]
 
 
 def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> Tensor:
@@ -132,22 +134,18 @@ def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> T
         corruption: What was drawn.
         random: Of the noise, on the views' device.
     """
-    at_once = AT_ONCE if clean.device.type == "cpu" else len(clean)
-    parts = [
-        _corrupt(view, part, random)
-        for view, part in zip(clean.split(at_once), corruption.split(at_once), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> Tensor:
-    view = clean[:, 0]
-    noise = torch.rand(_by_slice(view).shape, generator=random, device=clean.device)
-    is_noise = noise_share(corruption, view.shape[1:], view.device)
-    painted = torch.lerp(view, _by_voxel(noise), is_noise)  # exact, and faster than `where`
     sigma = corruption.blur_sigma.to(clean.device)
-    matrices = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(view.shape[1:])]
-    return along_axes(painted, matrices)[:, None]
+    blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
+    out = torch.empty_like(clean)
+    for at in torch.arange(len(clean)).split(_at_once(clean.device, len(clean))):
+        part = slice(int(at[0]), int(at[-1]) + 1)
+        view = clean[part, 0]
+        noise = torch.rand(_by_slice(view).shape, generator=random, device=view.device)
+        is_noise = noise_share(corruption.part(part), view.shape[1:], view.device)
+        # Exact at 0 and 1, and faster than `where`.
+        painted = torch.lerp(view, _by_voxel(noise), is_noise)
+        out[part, 0] = along_axes(painted, [matrices[part] for matrices in blur])
+    return out
 
 
 def noise_share(
@@ -156,7 +154,7 @@ def noise_share(
     """1 where the painting puts noise, else 0; float32 (B, I, J, K)."""
     kind = corruption.painting.to(device)[:, None, None, None]
     inside = inside_boxes(corruption, shape, device)
-    return ((kind == OUTPAINT).float() - inside * (kind != NONE)).abs()
+    return inside.mul_(kind != NONE).sub_((kind == OUTPAINT).float()).abs_()
 
 
 def inside_boxes(
@@ -173,17 +171,26 @@ def inside_boxes(
     i, j, k = intervals
     in_plane = i[:, :, :, None] * j[:, :, None, :]  # (B, N, I, J)
     boxes = k.mT @ in_plane.flatten(2)  # (B, K, I * J), boxes that hold a voxel
-    return _by_voxel(boxes.clamp_(max=1).reshape(len(first), *(shape[a] for a in (2, 0, 1))))
+    return _by_voxel(boxes.clamp_(max=1).reshape(len(first), *_slices_of(shape)))
 
 
 def along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
-    """Apply a matrix (B, m, n) along each axis of (B, I, J, K)."""
+    """Apply a matrix along each axis of (B, I, J, K), one a sample (B, m, n) or for all (m, n)."""
     along_i, along_j, along_k = matrices
     batch, i, j, _ = x.shape
     x = along_k @ _by_slice(x).flatten(2)  # (B, K, I * J)
     x = x.reshape(batch, -1, j) @ along_j.mT  # (B, K * I, J)
-    x = along_i[:, None] @ x.reshape(batch, -1, i, along_j.shape[1])  # (B, K, I, J)
-    return _by_voxel(x)
+    x = x.reshape(batch, -1, i, x.shape[2])
+    return _by_voxel((along_i[:, None] if along_i.dim() == 3 else along_i) @ x)  # (B, K, I, J)
+
+
+def _at_once(device: torch.device, count: int) -> int:
+    return AT_ONCE if device.type == "cpu" else max(count, 1)
+
+
+def _slices_of(shape: Sequence[int]) -> tuple[int, int, int]:
+    i, j, k = shape
+    return k, i, j
 
 
 def _by_slice(x: Tensor) -> Tensor:
@@ -238,18 +245,25 @@ def blur_matrix(n: int, sigma: Tensor) -> Tensor:
     return matrix
 
 
-def rotate_in_plane(x: Tensor, angle: Tensor) -> Tensor:
+def rotate_in_plane(x: Tensor, angle: Tensor, flips: Tensor | None = None) -> Tensor:
     """Turn (B, I, J, K) in the IJ plane about its centre, bilinear, I == J.
 
     What comes in from outside is each sample's minimum, as in TorchIO's RandomAffine.
+
+    Args:
+        x: (B, I, J, K).
+        angle: In radians, (B,).
+        flips: Whether I and J are flipped before, bool (B, 2).
     """
     slices = _by_slice(x)
     floor = slices.amin(dim=(1, 2, 3), keepdim=True)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     matrix = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).reshape(-1, 2, 3)
+    if flips is not None:
+        matrix = matrix * (1 - 2 * flips.flip(1).float())[:, :, None]  # of torch: J, then I
     grid = F.affine_grid(matrix, list(slices.shape), align_corners=False)
     turned = F.grid_sample(slices - floor, grid, mode="bilinear", align_corners=False)
-    return _by_voxel(turned + floor)
+    return _by_voxel(turned.add_(floor))
 
 
 def draw_indicators(batch_size: int, random: torch.Generator) -> Tensor:
