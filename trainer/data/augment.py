@@ -137,8 +137,9 @@ def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> T
     sigma = corruption.blur_sigma.to(clean.device)
     blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
     out = torch.empty_like(clean)
-    for at in torch.arange(len(clean)).split(_at_once(clean.device, len(clean))):
-        part = slice(int(at[0]), int(at[-1]) + 1)
+    at_once = _at_once(clean.device, len(clean))
+    for start in range(0, len(clean), at_once):
+        part = slice(start, start + at_once)
         view = clean[part, 0]
         noise = torch.rand(_by_slice(view).shape, generator=random, device=view.device)
         is_noise = noise_share(corruption.part(part), view.shape[1:], view.device)
