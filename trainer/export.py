@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models import bundle
 from models.bundle import Lineage, Manifest, Metric, Parity, TensorSpec
-from models.networks.unet3d import STRIDE, Norm, UNet3d, UNet3dEncoder, pooled
+from models.networks.unet3d import STRIDE, Norm, UNet3d, UNet3dEncoder, fold, pooled
 from models.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from trainer.card import card_text
 from trainer.checkpoint import State
@@ -67,12 +67,13 @@ def publish(state: State, folder: Path, report: Report) -> Path:
     network = restore(state, recipe)
     served = PooledEncoder(network.encoder) if isinstance(recipe, PretrainRecipe) else network
     served.eval()
+    written = fold(network) if served is network else served
     manifest = _describe(state, recipe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     report.progress("export", 0, 1)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
         model = Path(scratch) / bundle.MODEL
-        to_onnx(served, model, manifest.outputs[0].name, _facts(manifest, state))
+        to_onnx(written, model, manifest.outputs[0].name, _facts(manifest, state))
         parity = check_parity(served, model, state["sample"].float(), manifest)
         manifest = manifest.model_copy(update={"parity": parity})
         weights = Path(scratch) / bundle.WEIGHTS
@@ -87,10 +88,10 @@ def publish(state: State, folder: Path, report: Report) -> Path:
 
 
 def restore(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> UNet3d:
-    """The checkpoint's network on the host."""
+    """The checkpoint's network on the host, unfused: what parity is judged against."""
     width = recipe.network.base_width
     num_classes = 1 + len(recipe.labels) if isinstance(recipe, FinetuneRecipe) else 1
-    network = UNet3d(1, num_classes, width, norm_of(recipe))
+    network = UNet3d(1, num_classes, width, norm_of(recipe), fused=False)
     if isinstance(recipe, PretrainRecipe):
         prefix = "student."
         method: dict[str, Tensor] = state["method"]
@@ -254,14 +255,9 @@ def _describe(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> Manifest
 
 
 def _facts(manifest: Manifest, state: State) -> dict[str, str]:
-    spec = manifest.preprocessing
+    """What the ONNX file says of itself: what a session checks, and where it comes from."""
     return {
-        "kind": manifest.kind,
-        "labels": ",".join(manifest.labels),
-        "orientation": spec.orientation,
-        "spacing_mm": ",".join(f"{size:g}" for size in spec.spacing_mm),
-        "intensity": spec.intensity.model_dump_json(),
-        "patch_size": ",".join(str(size) for size in manifest.patch_size),
+        **bundle.onnx_metadata(manifest),
         "stride": str(STRIDE),
         "run_id": manifest.lineage.run_id or "",
         "dataset_digest": manifest.lineage.dataset_digest,

@@ -68,9 +68,12 @@ def run(
     if (done := folder.finished(out, recipe, report)) is not None:
         return done
     torch.manual_seed(recipe.seed)
-    network = UNet3d(1, 1 + len(recipe.labels), recipe.network.base_width, "group")
+    network = UNet3d(
+        1, 1 + len(recipe.labels), recipe.network.base_width, "group", fused=recipe.fused
+    )
     origin = _start_from(network, parent, recipe, report)
-    network.to(device).train()
+    network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    network.train()
     train, val, judged_on = _prepare(recipe, scans, cache or out / folder.CACHE, report)
     images, labels, sampler = _make_resident(recipe, train, device)
     size = _smaller(recipe.patch_size, SAMPLE_SIZE)

@@ -63,7 +63,8 @@ def run(
     head = folder.header(recipe, scans, sample, device, run_id)
 
     torch.manual_seed(recipe.seed)
-    method = METHODS[recipe.method.name](recipe).to(device).train()
+    method = METHODS[recipe.method.name](recipe).train()
+    method.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         method.trained(),
         lr=recipe.learning_rate,

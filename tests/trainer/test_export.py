@@ -79,9 +79,9 @@ def test_a_model_that_disagrees_leaves_no_bundle(
     faithful = export.to_onnx
 
     def perturbed(network: torch.nn.Module, *arguments: object) -> None:
-        faithful(network, *arguments)
-        with torch.no_grad():  # torch now has other weights than the file
+        with torch.no_grad():  # the file gets other weights than torch has
             network.out.bias += torch.tensor([0.0, 0.3, 0.0])
+        faithful(network, *arguments)
 
     monkeypatch.setattr(export, "to_onnx", perturbed)
 

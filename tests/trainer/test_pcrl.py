@@ -61,6 +61,25 @@ def test_the_target_does_not_see_painting_or_blur(world, pretrain_recipe) -> Non
     torch.testing.assert_close(clean.input_o, clean.clean_o)
 
 
+def test_a_fused_step_is_the_plain_step(world, pretrain_recipe: PretrainRecipe) -> None:
+    """Through the shared skip responses too: same losses, same gradients."""
+    method, volumes, sampler = world
+    plain = Pcrl(pretrain_recipe.model_copy(update={"fused": False})).train()
+    plain.load_state_dict(method.state_dict())
+    views = method.make_views(volumes, sampler, 1)
+
+    losses = [step.losses(views) for step in (method, plain)]
+    for loss in losses:
+        loss.total.backward()
+
+    for name, ours in losses[0].named().items():
+        torch.testing.assert_close(ours, losses[1].named()[name], rtol=1e-5, atol=1e-6)
+    gradients = [[p.grad for p in step.trained()] for step in (method, plain)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    assert max(float(g.abs().max()) for g in gradients[0]) > 1e-2  # so the tolerance is tight
+
+
 @pytest.mark.parametrize(("lam", "encoder"), [(1.0, "o"), (0.0, "m")])
 def test_an_unmixed_hybrid_decodes_as_the_encoder_it_is(world, lam: float, encoder: str) -> None:
     method, volumes, sampler = world

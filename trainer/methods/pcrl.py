@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor, nn
 
 from models.networks.heads import Projector, TransAttention
-from models.networks.unet3d import Features, UNet3d, UNet3dEncoder
+from models.networks.unet3d import Features, SkipResponses, UNet3d, UNet3dEncoder
 from models.recipe import PretrainRecipe
 from trainer import ema
 from trainer.data import augment
@@ -87,7 +87,7 @@ class Pcrl(nn.Module):
         method, width = recipe.method, recipe.network.base_width
         channels = 16 * width
         self.recipe = recipe
-        self.student = UNet3d(1, 1, width, "batch")
+        self.student = UNet3d(1, 1, width, "batch", fused=recipe.fused)
         self.attention = TransAttention(
             channels, kind=method.attention, rank=method.outer_rank, post_conv=method.post_conv
         )
@@ -141,22 +141,24 @@ class Pcrl(nn.Module):
         lam = views.mix
         features_o: Features = self.student.encoder(views.input_o)
         features_m = self._encode_momentum(views)
-        features = {
-            "o": features_o,
-            "m": features_m,
-            "h": mix_features(features_o, features_m, lam),
+        bottlenecks = {
+            "o": features_o.bottleneck,
+            "m": features_m.bottleneck,
+            "h": _mix(features_o.bottleneck, features_m.bottleneck, lam),
         }
+        skips = self._skips(features_o, features_m, lam)
         clean = {
             "o": views.clean_o,
             "m": views.clean_m,
-            "h": lam * views.clean_o + (1.0 - lam) * views.clean_m,
+            "h": _mix(views.clean_o, views.clean_m, lam),
         }
         seen, reconstruction = {}, {}
         for encoder, indicator in zip("omh", views.indicators, strict=True):
-            decoded, attended = self.decode(features[encoder], indicator)
+            attended: Tensor = self.attention(bottlenecks[encoder], indicator)
+            decoded = self._reconstruct(attended, skips[encoder])
             target = augment.apply_indicators(clean[encoder], indicator)
             reconstruction[encoder] = F.mse_loss(decoded, target)
-            seen[encoder] = attended if method.projector_input == "post" else features[encoder][3]
+            seen[encoder] = attended if method.projector_input == "post" else bottlenecks[encoder]
         query = self.projector(seen["o"])
         with torch.no_grad():
             key = self.momentum_projector(seen["m"])
@@ -175,8 +177,7 @@ class Pcrl(nn.Module):
             TransAtt.
         """
         attended: Tensor = self.attention(features.bottleneck, indicator)
-        decoded = self.student.decoder(features._replace(bottleneck=attended))
-        return torch.sigmoid(self.student.out(decoded).float()), attended
+        return self._reconstruct(attended, features), attended
 
     @torch.no_grad()
     def update(self, losses: Losses) -> None:
@@ -194,6 +195,31 @@ class Pcrl(nn.Module):
         self.queue[at] = vectors
         self.queue_pointer.copy_((self.queue_pointer + len(vectors)) % size)
 
+    def _skips(
+        self, features_o: Features, features_m: Features, lam: float
+    ) -> dict[str, Features] | dict[str, SkipResponses]:
+        """What each decode takes from above the bottleneck.
+
+        Fused, the hybrid's response to its mixed skips (Eq. 6) is the mix of the two responses:
+        one convolution a level less (algorithms.md 6.4).
+        """
+        if not self.recipe.fused:
+            mixed = mix_features(features_o, features_m, lam)
+            return {"o": features_o, "m": features_m, "h": mixed}
+        response_o = self.student.decoder.skip_responses(features_o)
+        response_m = self.student.decoder.skip_responses(features_m)
+        pairs = zip(response_o, response_m, strict=True)
+        response_h = SkipResponses(*(_mix(o, m, lam) for o, m in pairs))
+        return {"o": response_o, "m": response_m, "h": response_h}
+
+    def _reconstruct(self, attended: Tensor, skips: Features | SkipResponses) -> Tensor:
+        """Decode a bottleneck that went through TransAtt."""
+        if isinstance(skips, SkipResponses):
+            decoded = self.student.decoder.decode(attended, skips)
+        else:
+            decoded = self.student.decoder(skips._replace(bottleneck=attended))
+        return torch.sigmoid(self.student.out(decoded).float())
+
     @torch.no_grad()
     def _encode_momentum(self, views: Views) -> Features:
         """Encode in shuffled groups, so that a key's batch statistics do not give its query away.
@@ -209,8 +235,11 @@ class Pcrl(nn.Module):
 
 def mix_features(ordinary: Features, momentum: Features, lam: float) -> Features:
     """CrossMix (Eq. 6) on all four levels, before TransAtt."""
-    mixed = [lam * o + (1.0 - lam) * m for o, m in zip(ordinary, momentum, strict=True)]
-    return Features(*mixed)
+    return Features(*(_mix(o, m, lam) for o, m in zip(ordinary, momentum, strict=True)))
+
+
+def _mix(ordinary: Tensor, momentum: Tensor, lam: float) -> Tensor:
+    return lam * ordinary + (1.0 - lam) * momentum
 
 
 def _draw_mix(alpha: float, random: torch.Generator) -> float:
