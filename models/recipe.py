@@ -93,9 +93,10 @@ Pushed = Literal["query", "key", "hybrid", "mixup_key", "mixed_key"]
 
 
 class Pcrl(Part):
-    """PCRL's own numbers; the defaults are P's (sections 3 and 7), the rows are algorithms.md 1.2's.
+    """PCRL's own numbers; the defaults are P's (sections 3 and 7).
 
-    docs/methods/pcrl.md lists every row with its value in each preset.
+    Rows, traps and bugs are those of algorithms.md 1.2 and 1.4; docs/methods/pcrl.md lists every
+    row with its value in each preset.
     """
 
     name: Literal["pcrl"] = "pcrl"

@@ -1,4 +1,4 @@
-"""Rotation and scaling of views about their centre: in the IJ plane, or about all three axes.
+"""Rotation about all three axes and scaling of views, about their centre.
 
 Voxels count as cubes whatever their spacing, as in TorchIO's RandomAffine on an array. What comes
 in from outside is each sample's minimum, as there.
@@ -13,31 +13,20 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
 
-def rotate_in_plane(x: Tensor, angle: Tensor) -> Tensor:
-    """Turn (B, I, J, K) in the IJ plane by an angle in radians (B,), bilinear, I == J."""
-    floor = x.amin(dim=(1, 2, 3), keepdim=True)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrix = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).reshape(-1, 2, 3)
-    slices = (x - floor).permute(0, 3, 1, 2)  # (B, K, I, J)
-    grid = F.affine_grid(matrix, list(slices.shape), align_corners=False)
-    turned = F.grid_sample(slices, grid, mode="bilinear", align_corners=False)
-    return turned.permute(0, 2, 3, 1) + floor
-
-
 def rotate_and_scale(x: Tensor, angles: Tensor, scales: Tensor) -> Tensor:
     """Scale (B, I, J, K) along its axes, then turn it about I, J and K in this order, trilinear.
 
         for each output voxel p, as an offset from the centre:
             out[p] = x[R^-1 p / scales], with R = R_K R_J R_I
 
-    A turn about K by an angle is `rotate_in_plane` by it. Departs from TorchIO in the order of the
+    A turn about K alone is `augment.rotate_in_plane`. Departs from TorchIO in the order of the
     turns, which for angles of equal and symmetric range changes the distribution only in the second
     order.
 
     Args:
         x: (B, I, J, K).
         angles: About I, J and K in radians, (B, 3).
-        scales: Of the content along I, J and K, (B, 3).
+        scales: Of the content along I, J and K, (B, 3); a negative one flips the axis too.
     """
     floor = x.amin(dim=(1, 2, 3), keepdim=True)
     about_i, about_j, about_k = (

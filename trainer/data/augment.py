@@ -5,12 +5,17 @@ plane (one 2D interpolation with the slices as channels) or about all axes with 
 painted (boolean boxes) and blurred (one matrix an axis), in the order in which the paper lists
 them. The blur has its own matrices because the clean view, the target, must not have it.
 
+Views are indexed (B, 1, I, J, K) but lie in memory slice after slice, K before I and J: the products
+along the axes and the rotation need no copy then.
+
 B batch, I J K voxels of the input size, N boxes, n m voxels along an axis.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +33,9 @@ TRUNCATE = 4.0
 """Radius of a Gaussian in deviations, SciPy's default."""
 
 NONE, INPAINT, OUTPAINT = 0, 1, 2
+
+AT_ONCE = 4
+"""Views that a CPU makes at once; memory for more is fetched from the system every time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,11 @@ class Corruption:
     box_start: Tensor
     box_size: Tensor
     blur_sigma: Tensor
+
+    def part(self, at: slice) -> Corruption:
+        """The same for part of the batch."""
+        fields = (self.painting, self.box_start, self.box_size, self.blur_sigma)
+        return Corruption(*(field[at] for field in fields))
 
 
 def draw_geometry(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Geometry:
@@ -111,22 +124,27 @@ def make_clean(
 ) -> Tensor:
     """Cut, resize, flip and rotate one view of every pair, float32 (B, 1, I, J, K)."""
     device = volumes.flat.device
-    out = torch.empty(len(pairs.volume), *recipe.input_size, device=device)
+    out = _by_voxel(torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device))
     sizes = pairs.size[:, view]
     for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
-        at = (sizes == index).nonzero()[:, 0]
         size: Size = recipe.crop_sizes[index]
-        crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
-        flips = geometry.flips[at].to(device)
-        matrices = [
-            _flipped(resize_matrix(size[axis], recipe.input_size[axis]).to(device), flips[:, axis])
-            for axis in range(3)
-        ]
-        out[at.to(device)] = along_axes(crop, matrices)
-    angles = geometry.angles.to(device)
-    if recipe.rotation == "in_plane" and recipe.max_scaling == 0:
-        return affine.rotate_in_plane(out, angles[:, 2])[:, None]
-    return affine.rotate_and_scale(out, angles, geometry.scales.to(device))[:, None]
+        along_i, along_j, along_k = (
+            resize_matrix(*extents).to(device)
+            for extents in zip(size, recipe.input_size, strict=True)
+        )
+        of_size = (sizes == index).nonzero()[:, 0]
+        for at in of_size.split(_at_once(device, len(of_size))):
+            crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
+            flips, angles = geometry.flips[at].to(device), geometry.angles[at].to(device)
+            if recipe.rotation == "in_plane" and recipe.max_scaling == 0:
+                resized = along_axes(crop, [along_i, along_j, _flipped(along_k, flips[:, 2])])
+                moved = rotate_in_plane(resized, angles[:, 2], flips[:, :2])
+            else:
+                resized = along_axes(crop, [along_i, along_j, along_k])
+                signed = torch.where(flips, -1, 1) * geometry.scales[at].to(device)
+                moved = affine.rotate_and_scale(resized, angles, signed)
+            out[at.to(device)] = moved
+    return out[:, None]
 
 
 def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> Tensor:
@@ -137,38 +155,77 @@ def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> T
         corruption: What was drawn.
         random: Of the noise, on the views' device.
     """
-    noise = torch.rand(clean.shape, generator=random, device=clean.device)
-    inside = inside_boxes(corruption, clean.shape[2:]).to(clean.device)[:, None]
-    kind = corruption.painting.to(clean.device)[:, None, None, None, None]
-    is_noise = torch.where(kind == OUTPAINT, ~inside, inside & (kind == INPAINT))
-    painted = torch.where(is_noise, noise, clean)[:, 0]
     sigma = corruption.blur_sigma.to(clean.device)
-    matrices = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
-    return along_axes(painted, matrices)[:, None]
+    blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
+    out = torch.empty_like(clean)
+    at_once = _at_once(clean.device, len(clean))
+    for start in range(0, len(clean), at_once):
+        part = slice(start, start + at_once)
+        view = clean[part, 0]
+        noise = torch.rand(_by_slice(view).shape, generator=random, device=view.device)
+        is_noise = noise_share(corruption.part(part), view.shape[1:], view.device)
+        # Exact at 0 and 1, and faster than `where`.
+        painted = torch.lerp(view, _by_voxel(noise), is_noise)
+        out[part, 0] = along_axes(painted, [matrices[part] for matrices in blur])
+    return out
 
 
-def inside_boxes(corruption: Corruption, shape: torch.Size) -> Tensor:
-    """Voxels that lie in at least one box, bool (B, I, J, K) on the host."""
+def noise_share(
+    corruption: Corruption, shape: torch.Size, device: torch.device | str = "cpu"
+) -> Tensor:
+    """1 where the painting puts noise, else 0; float32 (B, I, J, K)."""
+    kind = corruption.painting.to(device)[:, None, None, None]
+    inside = inside_boxes(corruption, shape, device)
+    return inside.mul_(kind != NONE).sub_((kind == OUTPAINT).float()).abs_()
+
+
+def inside_boxes(
+    corruption: Corruption, shape: torch.Size, device: torch.device | str = "cpu"
+) -> Tensor:
+    """1 in voxels that lie in at least one box, else 0; float32 (B, I, J, K)."""
+    first = corruption.box_start.to(device)
+    last = first + corruption.box_size.to(device)
     intervals = []
     for axis, n in enumerate(shape):
-        first = corruption.box_start[:, :, axis, None]
-        last = first + corruption.box_size[:, :, axis, None]
-        position = torch.arange(n)
-        intervals.append((position >= first) & (position < last))  # (B, N, n)
-    i, j, k = (interval.float() for interval in intervals)
-    return torch.einsum("bni,bnj,bnk->bijk", i, j, k) > 0
+        position = torch.arange(n, device=device)
+        within = (position >= first[:, :, axis, None]) & (position < last[:, :, axis, None])
+        intervals.append(within.float())  # (B, N, n)
+    i, j, k = intervals
+    in_plane = i[:, :, :, None] * j[:, :, None, :]  # (B, N, I, J)
+    boxes = k.mT @ in_plane.flatten(2)  # (B, K, I * J), boxes that hold a voxel
+    return _by_voxel(boxes.clamp_(max=1).reshape(len(first), *_slices_of(shape)))
 
 
 def along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
-    """Apply a matrix (B, m, n) along each axis of (B, I, J, K)."""
+    """Apply a matrix along each axis of (B, I, J, K), one a sample (B, m, n) or for all (m, n)."""
     along_i, along_j, along_k = matrices
-    x = x @ along_k.mT[:, None]
-    x = along_j[:, None] @ x
-    batch, i, j, k = x.shape
-    x = along_i @ x.reshape(batch, i, j * k)
-    return x.reshape(batch, -1, j, k)
+    batch, i, j, _ = x.shape
+    x = along_k @ _by_slice(x).flatten(2)  # (B, K, I * J)
+    x = x.reshape(batch, -1, j) @ along_j.mT  # (B, K * I, J)
+    x = x.reshape(batch, -1, i, x.shape[2])
+    return _by_voxel((along_i[:, None] if along_i.dim() == 3 else along_i) @ x)  # (B, K, I, J)
 
 
+def _at_once(device: torch.device, count: int) -> int:
+    return AT_ONCE if device.type == "cpu" else max(count, 1)
+
+
+def _slices_of(shape: Sequence[int]) -> tuple[int, int, int]:
+    i, j, k = shape
+    return k, i, j
+
+
+def _by_slice(x: Tensor) -> Tensor:
+    """(B, I, J, K) seen as (B, K, I, J)."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _by_voxel(slices: Tensor) -> Tensor:
+    """(B, K, I, J) seen as (B, I, J, K)."""
+    return slices.permute(0, 2, 3, 1)
+
+
+@functools.cache
 def resize_matrix(num_in: int, num_out: int) -> Tensor:
     """Anti-aliased linear resize as a matrix, (num_out, num_in).
 
@@ -194,27 +251,41 @@ def blur_matrix(n: int, sigma: Tensor) -> Tensor:
 
     Equals scipy.ndimage.gaussian_filter1d(mode="nearest") for each deviation of `sigma` (B,).
     """
-    sigma = sigma[:, None, None]
+    sigma = sigma[:, None]
     radius = (TRUNCATE * sigma + 0.5).floor()
-    position = torch.arange(n, device=sigma.device, dtype=sigma.dtype)
-    distance = position[None, :, None] - position[None, None, :]  # (1, n, n)
-    safe = sigma.clamp(min=1e-3)
-
-    def weight(d: Tensor) -> Tensor:
-        return torch.exp(-0.5 * (d / safe) ** 2) * (d.abs() <= radius)
-
     # Whole filters, to normalise and to fold what hangs over the edges onto the edge voxels.
     longest = math.ceil(TRUNCATE * float(n)) + 1
-    offsets = torch.arange(-longest, longest + 1, device=sigma.device, dtype=sigma.dtype)
-    whole = weight(offsets[None, None, :])  # (B, 1, 2 * longest + 1)
-    total = whole.sum(dim=2, keepdim=True)
-    tail = whole.flip(2).cumsum(dim=2).flip(2)  # sum over offsets >= d
-    matrix = weight(distance)
-    past = torch.arange(1, n + 1, device=sigma.device) + longest
-    beyond = tail[:, 0, past]  # voxel p hangs over the low edge by offsets >= p + 1
+    offset = torch.arange(-longest, longest + 1, device=sigma.device, dtype=sigma.dtype)
+    whole = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)) ** 2) * (offset.abs() <= radius)
+    whole = whole / whole.sum(dim=1, keepdim=True)  # (B, offsets)
+    # Row p holds the offsets -p ... n - 1 - p.
+    matrix = whole[:, longest - n + 1 : longest + n].unfold(1, n, 1).flip(1)  # (B, n, n)
+    tail = whole.flip(1).cumsum(dim=1).flip(1)  # sum over offsets >= d
+    beyond = tail[:, longest + 1 : longest + n + 1]  # voxel p hangs over the low edge from p + 1
     matrix[:, :, 0] += beyond
     matrix[:, :, -1] += beyond.flip(1)
-    return matrix / total
+    return matrix
+
+
+def rotate_in_plane(x: Tensor, angle: Tensor, flips: Tensor | None = None) -> Tensor:
+    """Turn (B, I, J, K) in the IJ plane about its centre, bilinear, I == J.
+
+    What comes in from outside is each sample's minimum, as in TorchIO's RandomAffine.
+
+    Args:
+        x: (B, I, J, K).
+        angle: In radians, (B,).
+        flips: Whether I and J are flipped before, bool (B, 2).
+    """
+    slices = _by_slice(x)
+    floor = slices.amin(dim=(1, 2, 3), keepdim=True)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    matrix = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).reshape(-1, 2, 3)
+    if flips is not None:
+        matrix = matrix * (1 - 2 * flips.flip(1).float())[:, :, None]  # of torch: J, then I
+    grid = F.affine_grid(matrix, list(slices.shape), align_corners=False)
+    turned = F.grid_sample(slices - floor, grid, mode="bilinear", align_corners=False)
+    return _by_voxel(turned.add_(floor))
 
 
 def draw_indicators(batch_size: int, random: torch.Generator) -> Tensor:
