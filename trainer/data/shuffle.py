@@ -128,7 +128,8 @@ def _read_from(windows: Windows, strides: Tensor, num_voxels: int) -> Tensor:
         reads = inside[order].to(dtype).index_select(0, pick).add_(ranked[:, None])
         writes = written[:, None] + inside
         winner.scatter_reduce_(0, writes.flatten(), reads.flatten(), "amax")
-    return winner.bitwise_and_((1 << low_bits) - 1).long().reshape(num_views, num_voxels)
+    read_from = winner.bitwise_and_((1 << low_bits) - 1).long()
+    return read_from.reshape(num_views, num_voxels)
 
 
 def _inside(extent: Tensor, strides: Tensor) -> Tensor:
