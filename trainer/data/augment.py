@@ -1,7 +1,7 @@
 """Views from crops: the numbers are drawn first, then applied to the whole batch on the device.
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
-plane (one 2D interpolation with the slices as channels). The corrupted view is the clean one
+plane (one 2D interpolation with the slices as channels) or about all axes with a scaling (3D). The corrupted view is the clean one
 painted (boolean boxes) and blurred (one matrix an axis), in the order in which the paper lists
 them. The blur has its own matrices because the clean view, the target, must not have it.
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
 from models.recipe import CropPairs
+from trainer.data import affine
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import Pairs
 
@@ -39,10 +40,17 @@ AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How clean views are made: flips bool (B, 3), angle in radians (B,)."""
+    """How clean views are made.
+
+    Attributes:
+        flips: Along I, J, K, bool (B, 3).
+        angles: About I, J and K in radians, (B, 3); those about I and J only for `rotation` all.
+        scales: Of the content along I, J, K, (B, 3).
+    """
 
     flips: Tensor
-    angle: Tensor
+    angles: Tensor
+    scales: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +76,17 @@ class Corruption:
 
 
 def draw_geometry(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Geometry:
-    """Flips of all three axes and a rotation in the IJ plane."""
+    """Flips, a rotation and a scaling (rows 29 and 30)."""
     flips = torch.rand(batch_size, 3, generator=random) < recipe.flip_probability
-    turn = 2 * torch.rand(batch_size, generator=random) - 1
-    return Geometry(flips, turn * math.radians(recipe.max_rotation_deg))
+    turn = 2 * torch.rand(batch_size, 3, generator=random) - 1
+    stretch = 2 * torch.rand(batch_size, 3, generator=random) - 1
+    may_flip = torch.tensor([axis in recipe.flip_axes for axis in "ijk"])
+    may_turn = torch.tensor([recipe.rotation == "all", recipe.rotation == "all", True])
+    return Geometry(
+        flips=flips & may_flip,
+        angles=turn * may_turn * math.radians(recipe.max_rotation_deg),
+        scales=1 + stretch * recipe.max_scaling,
+    )
 
 
 def draw_painting(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Tensor:
@@ -110,20 +125,26 @@ def make_clean(
     """Cut, resize, flip and rotate one view of every pair, float32 (B, 1, I, J, K)."""
     device = volumes.flat.device
     out = _by_voxel(torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device))
-    for index in sorted(set(pairs.size.tolist())):  # crops of one size are one batch
+    sizes = pairs.size[:, view]
+    for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
         size: Size = recipe.crop_sizes[index]
         along_i, along_j, along_k = (
             resize_matrix(*extents).to(device)
             for extents in zip(size, recipe.input_size, strict=True)
         )
         in_plane = None if size[:2] == recipe.input_size[:2] else (along_i, along_j)
-        of_size = (pairs.size == index).nonzero()[:, 0]
+        of_size = (sizes == index).nonzero()[:, 0]
         for at in of_size.split(_at_once(device, len(of_size))):
             crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
-            flips = geometry.flips[at].to(device)
-            resized = _resize(crop, in_plane, _flipped(along_k, flips[:, 2]))
-            angle = geometry.angle[at].to(device)
-            out[at.to(device)] = rotate_in_plane(resized, angle, flips[:, :2])
+            flips, angles = geometry.flips[at].to(device), geometry.angles[at].to(device)
+            if recipe.rotation == "in_plane" and recipe.max_scaling == 0:
+                resized = _resize(crop, in_plane, _flipped(along_k, flips[:, 2]))
+                moved = rotate_in_plane(resized, angles[:, 2], flips[:, :2])
+            else:
+                resized = _resize(crop, in_plane, along_k)
+                signed = torch.where(flips, -1, 1) * geometry.scales[at].to(device)
+                moved = affine.rotate_and_scale(resized, angles, signed)
+            out[at.to(device)] = moved
     return out[:, None]
 
 
@@ -260,7 +281,7 @@ def blur_matrix(n: int, sigma: Tensor) -> Tensor:
 
 
 def _resize(crop: Tensor, in_plane: tuple[Tensor, Tensor] | None, along_k: Tensor) -> Tensor:
-    """Apply (m, n) along I and J, unless None, and (B, m, n) along K of (B, I, J, K)."""
+    """Apply (m, n) along I and J, unless None, and (m, n) or (B, m, n) along K of (B, I, J, K)."""
     batch, i, j, _ = crop.shape
     slices = (along_k @ _by_slice(crop).flatten(2)).reshape(batch, -1, i, j)  # (B, K, I, J)
     if in_plane is not None:

@@ -55,6 +55,24 @@ class Windows:
         )
 
 
+def shuffle_some(views: Sequence[Tensor], chosen: Tensor, random: torch.Generator) -> list[Tensor]:
+    """Shuffle the chosen ones of V batches of views, each (B, 1, I, J, K); `views` stay.
+
+    Args:
+        views: On one device.
+        chosen: Which to shuffle, bool (V, B) on the host.
+        random: Of the windows, on the views' device.
+    """
+    windows = draw_windows(views[0].shape[2:], int(chosen.sum()), random)
+    done, shuffled = 0, []
+    for batch, is_chosen in zip(views, chosen, strict=True):
+        at = is_chosen.nonzero()[:, 0].to(batch.device)
+        part = windows.part(slice(done, done + len(at)))
+        shuffled.append(batch.index_copy(0, at, shuffle_pixels(batch[at], part)))
+        done += len(at)
+    return shuffled
+
+
 def draw_windows(
     shape: Sequence[int],
     num_views: int,
@@ -128,14 +146,14 @@ def _read_from(windows: Windows, strides: Tensor, num_voxels: int) -> Tensor:
         reads = inside[order].to(dtype).index_select(0, pick).add_(ranked[:, None])
         writes = written[:, None] + inside
         winner.scatter_reduce_(0, writes.flatten(), reads.flatten(), "amax")
-    read_from = winner.bitwise_and_((1 << low_bits) - 1).long()
-    return read_from.reshape(num_views, num_voxels)
+    return (winner & ((1 << low_bits) - 1)).long().reshape(num_views, num_voxels)
 
 
 def _inside(extent: Tensor, strides: Tensor) -> Tensor:
     """Voxels of a window, counted from its first one, K fastest, (n,)."""
     i, j, k = (
-        torch.arange(int(n), device=strides.device) * stride
-        for n, stride in zip(extent.tolist(), strides, strict=True)
+        torch.arange(int(extent[axis]), device=strides.device) * strides[axis]
+        for axis in range(3)
     )
-    return (i[:, None, None] + j[:, None] + k).flatten()
+    inside: Tensor = i[:, None, None] + j[:, None] + k
+    return inside.flatten()
