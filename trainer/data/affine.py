@@ -28,17 +28,59 @@ def rotate_and_scale(x: Tensor, angles: Tensor, scales: Tensor) -> Tensor:
         angles: About I, J and K in radians, (B, 3).
         scales: Of the content along I, J and K, (B, 3); a negative one flips the axis too.
     """
-    floor = x.amin(dim=(1, 2, 3), keepdim=True)
+    slices = x.permute(0, 3, 1, 2).contiguous()  # (B, K, I, J), as views lie in memory
+    floor = slices.amin(dim=(1, 2, 3), keepdim=True)
     about_i, about_j, about_k = (
         _turn(angles[:, axis], plane) for axis, plane in enumerate(((1, 2), (2, 0), (0, 1)))
     )
     back = (about_k @ about_j @ about_i).mT / scales[:, :, None]  # from output to input offsets
-    half = torch.tensor(x.shape[1:], device=x.device, dtype=x.dtype) / 2
-    back = back * half[None, None, :] / half[None, :, None]  # in units of half an extent
-    matrix = F.pad(back.flip(1, 2), (0, 1))  # torch's order is K, J, I
-    grid = F.affine_grid(matrix, [len(x), 1, *x.shape[1:]], align_corners=False)
-    moved = F.grid_sample((x - floor)[:, None], grid, mode="bilinear", align_corners=False)
-    return moved[:, 0] + floor
+    by_slice = [2, 0, 1]
+    moved = _interpolate(slices - floor, back[:, by_slice][:, :, by_slice])
+    return moved.add_(floor).permute(0, 2, 3, 1)
+
+
+def _interpolate(x: Tensor, back: Tensor) -> Tensor:
+    """x at back @ offset, offsets from the centre in voxels; trilinear, 0 outside.
+
+    What `grid_sample` does, which takes more than twice as long in three dimensions on a CPU.
+
+    Args:
+        x: (B, K, I, J), contiguous.
+        back: (B, 3, 3).
+    """
+    batch, *shape = x.shape
+    padded = F.pad(x, (1, 2, 1, 2, 1, 2))  # neighbours of every point, also just outside
+    num_voxels = padded[0].numel()
+    first, shares = torch.zeros((), device=x.device), []
+    for axis, n in enumerate(shape):
+        at = _positions(back[:, axis], shape) + ((n - 1) / 2 + 1)
+        low = at.clamp_(0, n + 1).floor()
+        shares.append((at - low).flatten())
+        first = first + low * padded.stride(axis + 1)  # exact: far below 2**24
+    samples = torch.arange(batch, device=x.device) * num_voxels
+    index = (first.long() + samples[:, None, None, None]).flatten()
+
+    flat = padded.flatten()
+    step_k, step_i, _ = padded.stride()[1:]
+    share_k, share_i, share_j = shares
+
+    def along_j(offset: int) -> Tensor:
+        low, high = (flat[at:].index_select(0, index) for at in (offset, offset + 1))
+        return low.lerp_(high, share_j)
+
+    def along_i(offset: int) -> Tensor:
+        return along_j(offset).lerp_(along_j(offset + step_i), share_i)
+
+    return along_i(0).lerp_(along_i(step_k), share_k).reshape(x.shape)
+
+
+def _positions(weights: Tensor, shape: list[int]) -> Tensor:
+    """Sum over axes of weight (B, 3) times offset from the centre, (B, *shape)."""
+    a, b, c = (
+        weights[:, axis, None] * (torch.arange(n, device=weights.device) - (n - 1) / 2)
+        for axis, n in enumerate(shape)
+    )
+    return (a[:, :, None, None] + b[:, None, :, None]) + c[:, None, None, :]
 
 
 def _turn(angle: Tensor, plane: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.recipe import Pcrl, PretrainRecipe
-from trainer.data import augment
+from trainer.data import augment, shuffle
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
 from trainer.randomness import generator
@@ -60,12 +60,17 @@ def make_views(recipe: PretrainRecipe, volumes: Resident, sampler: PairSampler, 
         augment.make_clean(volumes, crops, pairs, view, augment.draw_geometry(crops, batch, shapes))
         for view in (0, 1)
     ]
+    sharp = clean
+    if crops.shuffle_probability > 0:
+        chosen = torch.rand(2, batch, generator=generator(seed, step, "shuffling"))
+        windows = generator(seed, step, "windows", device)
+        sharp = shuffle.shuffle_some(clean, chosen < crops.shuffle_probability, windows)
     painting = generator(seed, step, "painting")
     noise = generator(seed, step, "noise", device)
     kind = augment.draw_painting(crops, batch, painting)
     spoiled = [
         augment.corrupt(view, augment.draw_corruption(crops, kind, painting), noise)
-        for view in clean
+        for view in sharp
     ]
     codes = generator(seed, step, "indicators")
     count = 3 if method.crossmix == "before_attention" else 2
