@@ -91,7 +91,8 @@ def restore(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> UNet3d:
     """The checkpoint's network on the host, unfused: what parity is judged against."""
     width = recipe.network.base_width
     num_classes = 1 + len(recipe.labels) if isinstance(recipe, FinetuneRecipe) else 1
-    network = UNet3d(1, num_classes, width, norm_of(recipe), fused=False)
+    skip = not isinstance(recipe, PretrainRecipe) or recipe.method.skip
+    network = UNet3d(1, num_classes, width, norm_of(recipe), fused=False, skip=skip)
     if isinstance(recipe, PretrainRecipe):
         prefix = "student."
         method: dict[str, Tensor] = state["method"]
