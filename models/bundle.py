@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from models.recipe import FinetuneRecipe, Part, Preprocessing, PretrainRecipe, Size
+from models.recipe import AnyRecipe, Part, Preprocessing, Size
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -85,15 +85,21 @@ class Manifest(Part):
     """Everything a server must know about a model."""
 
     schema_version: Literal[1] = 1
-    kind: Literal["encoder", "segmenter"]
+    kind: Literal["encoder", "segmenter", "classifier"]
     labels: tuple[str, ...] = ()
-    """Class names in the order of the output channels after background (segmenter)."""
+    """Names in the order of the output: a classifier's labels, a segmenter's classes (after
+    background where `activation` is softmax)."""
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes probabilities of the logits: softmax where labels exclude each other, sigmoid
+    where several may hold."""
+    channels: tuple[str, ...] = ("image",)
+    """Names of the input's channels, in order."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     preprocessing: Preprocessing
     patch_size: Size
     overlap: float = Field(0.5, ge=0.0, lt=1.0)
-    recipe: PretrainRecipe | FinetuneRecipe = Field(discriminator="kind")
+    recipe: AnyRecipe = Field(discriminator="kind")
     lineage: Lineage
     metrics: dict[str, Metric] = Field(default_factory=dict)
     parity: tuple[Parity, ...]
@@ -180,6 +186,8 @@ def onnx_metadata(manifest: Manifest) -> dict[str, str]:
     return {
         "kind": manifest.kind,
         "labels": ",".join(manifest.labels),
+        "activation": manifest.activation,
+        "channels": ",".join(manifest.channels),
         "orientation": spec.orientation,
         "spacing_mm": ",".join(f"{size:g}" for size in spec.spacing_mm),
         "intensity": spec.intensity.model_dump_json(),

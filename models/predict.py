@@ -90,6 +90,7 @@ def segment(
     """
     names = session.manifest.labels
     _require_kind(session, "segmenter")
+    _require_one_channel_and_exclusive_labels(session)
     clock = _Clock()
     with clock.stage("preprocess"):
         prepared = prepare(volume, session.manifest.preprocessing)
@@ -190,4 +191,19 @@ def _require_kind(session: OnnxSession, kind: str) -> None:
     if session.manifest.kind != kind:
         raise BundleError(
             "wrong_model_kind", f"the model is of kind {session.manifest.kind}, not {kind}"
+        )
+
+
+def _require_one_channel_and_exclusive_labels(session: OnnxSession) -> None:
+    """A scan here is one image, and a mask holds one label a voxel; refuse what needs more."""
+    channels, names = session.manifest.channels, session.manifest.labels
+    if len(channels) > 1:
+        raise BundleError(
+            "wrong_model_kind",
+            f"the model reads {len(channels)} images of a scan ({', '.join(channels)}), not one",
+        )
+    if session.manifest.activation == "sigmoid":
+        raise BundleError(
+            "wrong_model_kind",
+            f"the model's regions ({', '.join(names)}) may overlap; a mask holds one label a voxel",
         )

@@ -30,7 +30,8 @@ def _title(manifest: Manifest) -> str:
     width = manifest.recipe.network.base_width
     if manifest.kind == "encoder":
         return f"Encoder: 3D U-Net, base width {width}, pretrained with PCRL"
-    return f"Segmenter of {', '.join(manifest.labels)}: 3D U-Net, base width {width}"
+    what = "Classifier" if manifest.kind == "classifier" else "Segmenter"
+    return f"{what} of {', '.join(manifest.labels)}: 3D U-Net, base width {width}"
 
 
 def _input_lines(manifest: Manifest) -> list[str]:
@@ -42,12 +43,16 @@ def _input_lines(manifest: Manifest) -> list[str]:
     else:
         scale = "zero mean and unit deviation over the non-zero voxels"
     patch = " x ".join(str(size) for size in manifest.patch_size)
+    num_channels = len(manifest.channels)
+    read = f" ({', '.join(manifest.channels)})" if num_channels > 1 else ""
+    makes = "" if manifest.kind == "encoder" else f"; {manifest.activation} makes probabilities"
     return [
         "## Input and output",
         "",
         f"- Volume in {spec.orientation}+ at {spacing} mm; intensities {scale}.",
-        f"- `image` (batch, 1, I, J, K), patches of {patch} voxels; I, J, K multiples of 8.",
-        f"- `{manifest.outputs[0].name}` {list(manifest.outputs[0].shape)}.",
+        f"- `image` (batch, {num_channels}, I, J, K){read}, patches of {patch} voxels; "
+        "I, J, K multiples of 8.",
+        f"- `{manifest.outputs[0].name}` {list(manifest.outputs[0].shape)}{makes}.",
     ]
 
 
@@ -59,7 +64,13 @@ def _result_lines(manifest: Manifest) -> list[str]:
         f"| {name} | {metric.value:.4f} | {metric.n} | {metric.split} |"
         for name, metric in manifest.metrics.items()
     ]
-    note = "The best checkpoint was chosen on these same cases, so the values are optimistic."
+    chosen_on = "train" if any(m.split == "train" for m in manifest.metrics.values()) else "val"
+    note = (
+        f"The checkpoint was chosen by its values on {chosen_on}, so those are optimistic; the "
+        "test scans were looked at once, after the choice."
+        if any(metric.split == "test" for metric in manifest.metrics.values())
+        else f"The checkpoint was chosen on {chosen_on} itself, so the values are optimistic."
+    )
     return [
         *lines,
         "| metric | value | cases | split |",

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from models import bundle
 from models.bundle import Lineage, Manifest, Metric, Parity, TensorSpec
-from models.networks.unet3d import STRIDE, Norm, UNet3d, UNet3dEncoder, fold, pooled
-from models.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from models.networks.unet3d import STRIDE, UNet3d, UNet3dEncoder, fold, pooled
+from models.recipe import AnyRecipe, ClassifyRecipe, FinetuneRecipe, PretrainRecipe, Recipe
+from trainer.build import build, norm_of, num_outputs
 from trainer.card import card_text
 from trainer.checkpoint import State
 from trainer.errors import DataError, ParityError
@@ -33,7 +34,7 @@ TOLERANCE = 1e-3
 MIN_AGREEMENT = 0.9999
 """Of the argmax of logits, and the cosine of embeddings."""
 
-_RECIPE: TypeAdapter[PretrainRecipe | FinetuneRecipe] = TypeAdapter(Recipe)
+_RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 _AXES = ("i8", "j8", "k8")
 
 
@@ -65,21 +66,25 @@ def publish(state: State, folder: Path, report: Report) -> Path:
         raise DataError("bundle_exists", "there is a bundle at the output already")
     recipe = _RECIPE.validate_json(state["recipe"])
     network = restore(state, recipe)
-    served = PooledEncoder(network.encoder) if isinstance(recipe, PretrainRecipe) else network
+    served = network
+    if isinstance(recipe, PretrainRecipe):
+        assert isinstance(network, UNet3d)
+        served = PooledEncoder(network.encoder)
     served.eval()
-    written = fold(network) if served is network else served
+    written = fold(served) if isinstance(served, UNet3d) else served
     manifest = _describe(state, recipe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     report.progress("export", 0, 1)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
         model = Path(scratch) / bundle.MODEL
-        to_onnx(written, model, manifest.outputs[0].name, _facts(manifest, state))
+        num_channels = len(manifest.channels)
+        to_onnx(written, model, manifest.outputs[0].name, _facts(manifest, state), num_channels)
         parity = check_parity(served, model, state["sample"].float(), manifest)
         manifest = manifest.model_copy(update={"parity": parity})
         weights = Path(scratch) / bundle.WEIGHTS
-        norm: Norm = norm_of(recipe)
         tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-        save_file(tensors, weights, metadata={"norm": norm, "network": recipe.network.kind})
+        facts: dict[str, str] = {"norm": norm_of(recipe), "network": recipe.network.kind}
+        save_file(tensors, weights, metadata=facts)
         files = {bundle.MODEL: model, bundle.WEIGHTS: weights}
         digest = bundle.save(folder, manifest, files, card_text(manifest))
     report.progress("export", 1, 1)
@@ -87,12 +92,9 @@ def publish(state: State, folder: Path, report: Report) -> Path:
     return folder
 
 
-def restore(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> UNet3d:
+def restore(state: State, recipe: AnyRecipe) -> nn.Module:
     """The checkpoint's network on the host, unfused: what parity is judged against."""
-    width = recipe.network.base_width
-    num_classes = 1 + len(recipe.labels) if isinstance(recipe, FinetuneRecipe) else 1
-    skip = not isinstance(recipe, PretrainRecipe) or recipe.method.skip
-    network = UNet3d(1, num_classes, width, norm_of(recipe), fused=False, skip=skip)
+    network = build(recipe, fused=False)
     if isinstance(recipe, PretrainRecipe):
         prefix = "student."
         method: dict[str, Tensor] = state["method"]
@@ -103,22 +105,20 @@ def restore(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> UNet3d:
     return network
 
 
-def norm_of(recipe: PretrainRecipe | FinetuneRecipe) -> Norm:
-    """Batch norm in pretraining, group norm in fine-tuning (paper, section 7)."""
-    return "batch" if isinstance(recipe, PretrainRecipe) else "group"
-
-
-def to_onnx(network: nn.Module, path: Path, output: str, facts: dict[str, str]) -> None:
+def to_onnx(
+    network: nn.Module, path: Path, output: str, facts: dict[str, str], num_channels: int = 1
+) -> None:
     """Write a network as one ONNX file with free batch and spatial dimensions.
 
     Args:
-        network: Takes (B, 1, I, J, K), in eval mode.
+        network: Takes (B, C, I, J, K), in eval mode.
         path: The file to write.
         output: Name of the output.
         facts: Go into the model's metadata.
+        num_channels: Of the image, C.
     """
     # Batch 2: the exporter may freeze a dimension of size 1.
-    example = torch.zeros(2, 1, 4 * STRIDE, 3 * STRIDE, 2 * STRIDE)
+    example = torch.zeros(2, num_channels, 4 * STRIDE, 3 * STRIDE, 2 * STRIDE)
     dims = {0: torch.export.Dim("batch")}
     dims |= {axis: torch.export.Dim(name) * STRIDE for axis, name in enumerate(_AXES, start=2)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -162,9 +162,9 @@ def check_parity(
     Raises:
         ParityError: Beyond the tolerance.
     """
-    random = torch.rand(
-        3, 1, 2 * STRIDE, 3 * STRIDE, 4 * STRIDE, generator=torch.Generator().manual_seed(0)
-    )
+    extents = (2 * STRIDE, 3 * STRIDE, 4 * STRIDE)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.rand(3, len(manifest.channels), *extents, generator=generator)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -196,13 +196,15 @@ def _compare(
     tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))
     difference = float(np.abs(expected - actual).max())
     agreement = cosine = None
-    if manifest.kind == "segmenter":
+    if manifest.kind == "segmenter" and manifest.activation == "softmax":
         agreement = float((expected.argmax(axis=1) == actual.argmax(axis=1)).mean())
-    else:
+    elif manifest.kind == "segmenter":
+        agreement = float(((expected > 0) == (actual > 0)).mean())
+    elif manifest.kind == "encoder":
         lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(actual, axis=1)
         cosine = float(((expected * actual).sum(axis=1) / np.maximum(lengths, 1e-30)).min())
-    worst = agreement if agreement is not None else cosine
-    assert worst is not None
+    # Of a classifier's few logits the difference says all that there is to say.
+    worst = min((value for value in (agreement, cosine) if value is not None), default=1.0)
     return Parity(
         input_kind="random" if kind == "random" else "real",
         shape=shape,
@@ -216,7 +218,7 @@ def _compare(
     )
 
 
-def _describe(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> Manifest:
+def _describe(state: State, recipe: AnyRecipe) -> Manifest:
     spatial = tuple(f"{STRIDE}*{name}" for name in _AXES)
     lineage = Lineage(
         run_id=state["run_id"] or None,
@@ -229,20 +231,32 @@ def _describe(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> Manifest
         code_version=_code_version(),
         torch_version=torch.__version__,
     )
-    if isinstance(recipe, FinetuneRecipe):
-        labels = tuple(recipe.labels)
-        patch, overlap = recipe.patch_size, recipe.overlap
-        output = TensorSpec(name="logits", shape=("batch", 1 + len(labels), *spatial))
-    else:
-        labels, patch, overlap = (), recipe.crops.input_size, 0.5
-        output = TensorSpec(name="embedding", shape=("batch", 16 * recipe.network.base_width))
+    channels: tuple[str, ...] = ("image",)
+    labels: tuple[str, ...] = ()
+    overlap, activation = 0.5, "softmax"
+    match recipe:
+        case PretrainRecipe():
+            kind, patch = "encoder", recipe.crops.input_size
+            output = TensorSpec(name="embedding", shape=("batch", 16 * recipe.network.base_width))
+        case FinetuneRecipe():
+            kind, labels, patch = "segmenter", recipe.targets, recipe.patch_size
+            overlap, channels = recipe.overlap, recipe.channels
+            activation = "softmax" if recipe.labels else "sigmoid"
+            output = TensorSpec(name="logits", shape=("batch", num_outputs(recipe), *spatial))
+        case ClassifyRecipe():
+            kind, labels, patch = "classifier", recipe.labels, recipe.input_size
+            channels = recipe.channels
+            activation = "softmax" if recipe.exclusive else "sigmoid"
+            output = TensorSpec(name="logits", shape=("batch", num_outputs(recipe)))
     metrics = {
         name: Metric.model_validate(value) for name, value in state.get("metrics", {}).items()
     }
     return Manifest(
-        kind="segmenter" if labels else "encoder",
+        kind=kind,
         labels=labels,
-        inputs=(TensorSpec(name="image", shape=("batch", 1, *spatial)),),
+        activation=activation,
+        channels=channels,
+        inputs=(TensorSpec(name="image", shape=("batch", len(channels), *spatial)),),
         outputs=(output,),
         preprocessing=recipe.preprocessing,
         patch_size=patch,

@@ -43,6 +43,7 @@ def work_of(
         volume = volumes.get(session, ask.volume_id, kind="image")
         version = registry.resolve(session, ask.model)
         require_kind(version, model_kind)
+        _require_one_label_a_voxel(version)
         model = {
             "name": version.model_name,
             "version": version.version,
@@ -54,6 +55,18 @@ def work_of(
         return answers.accepted(run, collection, view)
 
     return work
+
+
+def _require_one_label_a_voxel(version: db.ModelVersion) -> None:
+    """Refuse a segmenter of regions that may overlap: a mask cannot hold them."""
+    manifest = version.manifest
+    if manifest["kind"] == "segmenter" and manifest.get("activation") == "sigmoid":
+        raise ServiceError(
+            422,
+            "wrong_model_kind",
+            f"{version.model_name}/{version.version} segments regions that may overlap; "
+            "a mask holds one label a voxel",
+        )
 
 
 def cancel(session: Session, run_id: str, kind: db.RunKind) -> db.Run:

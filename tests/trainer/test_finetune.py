@@ -92,7 +92,9 @@ def test_a_parent_of_another_width_is_refused_before_training(
         update={"network": finetune_recipe.network.model_copy(update={"base_width": 4})}
     )
 
-    with pytest.raises(DataError, match=r"base_width is 2, the recipe's 4") as caught:
+    with pytest.raises(
+        DataError, match=r"encoder\.\S+ is \(.*\) in the parent, \(.*\) here"
+    ) as caught:
         finetune.run(
             wide, discover(scan_folder), tmp_path / "out", report,
             device=CPU, should_stop=lambda: False, parent=parent,

@@ -1,0 +1,177 @@
+"""Fine-tuning to classify: places in scans, or whole scans, judged by AUC over all of a split.
+
+Training may draw examples in balance; validation and test take them as they are, once each.
+
+B batch, N examples, L labels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own idiom
+from torch import Tensor, nn
+
+from models.recipe import ClassifyRecipe
+from trainer.data import cases
+from trainer.data.cache import VolumeCache
+from trainer.data.examples import ExampleCase, Examples, ExampleSampler, truth_of, voxel_of
+from trainer.data.patches import flipped, turned
+from trainer.data.scan_set import SPLITS, ScanFile, ScanSet, Split
+from trainer.errors import DataError
+from trainer.folder import Metrics
+from trainer.losses import multi_label_loss
+from trainer.metrics import auc, average_precision
+from trainer.randomness import generator
+from trainer.report import Report
+
+LEAST_MEMBERS = 2
+"""Examples with, and without, a label that training needs; of one alone nothing is learnt."""
+
+
+class Classification:
+    """The task of a `ClassifyRecipe`; see `trainer.finetune.Task`.
+
+    Raises:
+        DataError: Scans or examples that cannot be trained on.
+    """
+
+    score = "auc_mean"
+
+    def __init__(
+        self,
+        recipe: ClassifyRecipe,
+        *,
+        network: nn.Module,
+        scans: ScanSet,
+        cache: Path,
+        report: Report,
+        device: torch.device,
+    ) -> None:
+        store = VolumeCache(cache)
+        self._recipe, self._network, self._device, self._report = recipe, network, device, report
+
+        def read(scan: ScanFile) -> ExampleCase:
+            channels = store.channels(scan, recipe.preprocessing, recipe.channels)
+            return ExampleCase(scan.id, channels, scan.examples)
+
+        self._cases = cases.read_all(scans, read, lambda scan: bool(scan.examples), report)
+        self.judged_on: Split = "val" if self._cases["val"] else "train"
+        self._check_places()
+        self._check_labels()
+        self._loaded: tuple[Split, Examples] | None = None
+        self._train = Examples.of(self._cases["train"], recipe, device)
+        self._sampler = ExampleSampler(self._train.truth, recipe)
+
+    def has(self, split: Split) -> bool:
+        """Whether there are examples to judge on."""
+        return bool(self._cases[split])
+
+    def sample(self) -> Tensor:
+        """Real network input for the parity check, float16 (1, C, I, J, K)."""
+        return self._examples(self.judged_on).inputs(torch.tensor([0])).half().cpu()
+
+    def loss(self, step: int) -> Tensor:
+        """Of one batch of examples; the batch follows from the seed and the step."""
+        recipe = self._recipe
+        random = generator(recipe.seed, step, "examples")
+        draw = self._sampler.draw(recipe.batch_size, step, random)
+        image = turned(flipped(self._train.inputs(draw.index), draw.flips), draw.turns)
+        truth = self._train.truth[draw.index].to(self._device)  # (B, L)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            logits: Tensor = self._network(image)
+        if recipe.exclusive:
+            return F.cross_entropy(logits.float(), truth.argmax(dim=1))
+        return multi_label_loss(logits, truth)
+
+    @torch.inference_mode()
+    def judge(self, split: Split) -> Metrics:
+        """Area under the ROC curve and average precision of each label, over every example.
+
+        Returns:
+            `auc_LABEL`, `ap_LABEL`, and the means; a label of which the split has no example with
+            or none without it is left out and logged, and the means are then over the others.
+        """
+        examples = self._examples(split)
+        self._network.eval()
+        everything = torch.split(torch.arange(len(examples.truth)), self._recipe.batch_size)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            logits = [self._network(examples.inputs(index)).float().cpu() for index in everything]
+        self._network.train()
+        scores = torch.cat(logits)  # (N, L)
+        if self._recipe.exclusive:
+            scores = scores.softmax(dim=1)
+        metrics: Metrics = {}
+        for at, name in enumerate(self._recipe.labels):
+            is_known = ~examples.truth[:, at].isnan()
+            truth, score = examples.truth[is_known, at], scores[is_known, at]
+            if (truth == 0).all() or (truth == 1).all():
+                self._report.log("warning", f"{name} cannot be judged on {split}: one class only")
+                continue
+            for measure, value in (
+                ("auc", auc(score, truth)),
+                ("ap", average_precision(score, truth)),
+            ):
+                metrics[f"{measure}_{name}"] = {"value": value, "n": len(truth), "split": split}
+        for measure in ("auc", "ap"):
+            values = [m["value"] for name, m in metrics.items() if name.startswith(f"{measure}_")]
+            if values:
+                mean = sum(values) / len(values)
+                metrics[f"{measure}_mean"] = {"value": mean, "n": len(scores), "split": split}
+        return metrics
+
+    def _examples(self, split: Split) -> Examples:
+        """A split's examples on the device; one split beside training's at a time."""
+        if split == "train":
+            return self._train
+        if self._loaded is None or self._loaded[0] != split:
+            self._loaded = None
+            self._loaded = split, Examples.of(self._cases[split], self._recipe, self._device)
+        return self._loaded[1]
+
+    def _check_places(self) -> None:
+        """Every place lies in its scan, in the splits that are laid out later too."""
+        if self._recipe.crop == "whole":
+            return
+        every_case = [case for split in SPLITS for case in self._cases[split]]
+        cases.check_extents(
+            [case.channels[0] for case in every_case], self._recipe.input_size, self._report
+        )
+        for case in every_case:
+            for example in case.examples:
+                voxel_of(example.centre_mm, case.channels[0].grid, case.id)
+
+    def _check_labels(self) -> None:
+        """Training has some of each class, and what judges has both classes of some label."""
+        judged = []
+        truth = {split: self._truth(split) for split in SPLITS}
+        for at, label in enumerate(self._recipe.labels):
+            for value, name in ((1.0, label), (0.0, f"not {label}")):
+                members = {
+                    split: [scan for scan, row in truth[split] if row[at] == value]
+                    for split in SPLITS
+                }
+                cases.check_members(name, members, at_least=LEAST_MEMBERS, report=self._report)
+                judged.append(bool(members[self.judged_on]))
+        if not any(has and has_not for has, has_not in zip(judged[::2], judged[1::2], strict=True)):
+            raise DataError(
+                "nothing_to_judge", f"no label has both classes among the {self.judged_on} examples"
+            )
+
+    def _truth(self, split: Split) -> list[tuple[str, list[float]]]:
+        """Scan and truth of each example.
+
+        Raises:
+            DataError: `unusable_labels`: exclusive labels of which not exactly one holds.
+        """
+        rows = []
+        for case in self._cases[split]:
+            for row in truth_of(case.examples, self._recipe.labels).tolist():
+                if self._recipe.exclusive and sorted(row) != sorted([1.0] + [0.0] * (len(row) - 1)):
+                    raise DataError(
+                        "unusable_labels",
+                        f"scan {case.id}: of exclusive labels one must be 1 and the others 0",
+                    )
+                rows.append((case.id, row))
+        return rows
