@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from models.recipe import ClassifyRecipe, FinetuneRecipe
+from models.recipe import AnyClassify, FinetuneRecipe
 from trainer import checkpoint, export, folder, transfer
-from trainer.build import build
+from trainer.build import build, lay_out
 from trainer.checkpoint import State
 from trainer.classification import Classification
 from trainer.data.scan_set import ScanSet, Split
@@ -34,7 +34,7 @@ class Task(Protocol):
         """Whether there is something to judge on."""
 
     def sample(self) -> Tensor:
-        """Real network input for the parity check, float16 (1, C, I, J, K)."""
+        """Real network input for the parity check, float16 (1, C, ...)."""
 
     def loss(self, step: int) -> Tensor:
         """Of one batch, with its gradient; follows from the seed and the step."""
@@ -44,7 +44,7 @@ class Task(Protocol):
 
 
 def run(
-    recipe: FinetuneRecipe | ClassifyRecipe,
+    recipe: FinetuneRecipe | AnyClassify,
     scans: ScanSet,
     out: Path,
     report: Report,
@@ -83,7 +83,8 @@ def run(
     torch.manual_seed(recipe.seed)
     network = build(recipe, fused=isinstance(recipe, FinetuneRecipe) and recipe.fused)
     origin = _start_from(network, parent, recipe, report)
-    network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    network.to(device)
+    lay_out(network)
     network.train()
     task = _make_task(
         recipe,
@@ -163,7 +164,7 @@ def run(
 
 
 def _make_task(
-    recipe: FinetuneRecipe | ClassifyRecipe,
+    recipe: FinetuneRecipe | AnyClassify,
     *,
     network: nn.Module,
     scans: ScanSet,
@@ -183,7 +184,7 @@ def _make_task(
 def _start_from(
     network: nn.Module,
     parent: Path | None,
-    recipe: FinetuneRecipe | ClassifyRecipe,
+    recipe: FinetuneRecipe | AnyClassify,
     report: Report,
 ) -> State:
     """Load the parent; what goes into the lineage."""
@@ -206,7 +207,7 @@ def _start_from(
     }
 
 
-def _learning_rate(recipe: FinetuneRecipe | ClassifyRecipe, step: int) -> float:
+def _learning_rate(recipe: FinetuneRecipe | AnyClassify, step: int) -> float:
     if recipe.schedule == "cosine":
         return cosine(recipe.learning_rate, step - 1, recipe.num_steps)
     return recipe.learning_rate
