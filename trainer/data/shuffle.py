@@ -110,7 +110,7 @@ def draw_windows(
 def shuffle_pixels(views: Tensor, windows: Windows) -> Tensor:
     """Shuffle every view, (S, 1, I, J, K); like `augment`'s they lie in memory slice after slice."""
     num_views, _, i, j, k = views.shape
-    flat = views[:, 0].permute(0, 3, 1, 2).reshape(num_views, -1)  # (S, K * I * J)
+    flat = views[:, 0].permute(0, 3, 1, 2).flatten(1)  # (S, K * I * J)
     at_once = AT_ONCE if views.device.type == "cpu" else max(num_views, 1)
     strides = torch.tensor([j, 1, i * j], device=views.device)
     shuffled = torch.empty_like(flat)
