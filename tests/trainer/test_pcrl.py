@@ -60,6 +60,19 @@ def test_the_target_does_not_see_painting_or_blur(build) -> None:
     assert all(torch.equal(targets[0][e], targets[1][e]) for e in "omh")
 
 
+def test_shuffled_voxels_are_in_the_input_alone(build) -> None:
+    """Row 32; nothing else is drawn anew for it."""
+    crops = {"input_size": (24, 24, 24), "paint_probability": 0.0, "max_blur_sigma": 0.0}
+
+    plain, shuffled = (build(crops={**crops, "shuffle_probability": p})[1](3) for p in (0.0, 1.0))
+
+    assert torch.equal(shuffled.clean_o, plain.clean_o)
+    torch.testing.assert_close(plain.input_o, plain.clean_o)
+    for b in range(len(plain.scan)):
+        assert not torch.allclose(shuffled.input_o[b], plain.input_o[b])
+        assert not torch.allclose(shuffled.input_m[b], plain.input_m[b])
+
+
 def test_a_corrupted_target_sees_them(build) -> None:
     """Negative control, and what the official code does (row 10)."""
     off = {"paint_probability": 0.0, "max_blur_sigma": 0.0}

@@ -57,8 +57,8 @@ def _interpolate(x: Tensor, back: Tensor) -> Tensor:
         low = at.clamp_(0, n + 1).floor()
         shares.append((at - low).flatten())
         first = first + low * padded.stride(axis + 1)  # exact: far below 2**24
-    samples = torch.arange(batch, device=x.device) * num_voxels
-    index = (first.long() + samples[:, None, None, None]).flatten()
+    samples = torch.arange(batch, device=x.device, dtype=torch.int32) * num_voxels
+    index = (first.int() + samples[:, None, None, None]).flatten()
 
     flat = padded.flatten()
     step_k, step_i, _ = padded.stride()[1:]

@@ -1,9 +1,10 @@
 """Views from crops: the numbers are drawn first, then applied to the whole batch on the device.
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
-plane (one 2D interpolation with the slices as channels) or about all axes with a scaling (3D). The corrupted view is the clean one
-painted (boolean boxes) and blurred (one matrix an axis), in the order in which the paper lists
-them. The blur has its own matrices because the clean view, the target, must not have it.
+plane (one 2D interpolation with the slices as channels), or about all axes with a scaling (one 3D
+interpolation). The corrupted view is the clean one painted (boolean boxes) and blurred (one matrix
+an axis), in the order in which the paper lists them. The blur has its own matrices because the
+clean view, the target, must not have it.
 
 Clean views are indexed (B, 1, I, J, K) but lie in memory slice after slice, K before I and J: the
 rotation and the products along the axes need no copy then.
@@ -213,7 +214,7 @@ def inside_boxes(
 ) -> Tensor:
     """1 in voxels that lie in at least one box, else 0; float32 (B, I, J, K)."""
     start, size = corruption.box_start.to(device), corruption.box_size.to(device)
-    i, j, k = intervals(start, size, shape)
+    i, j, k = intervals(start, size, shape)  # (B, N, n) each
     in_plane = i[:, :, :, None] * j[:, :, None, :]  # (B, N, I, J)
     boxes = k.mT @ in_plane.flatten(2)  # (B, K, I * J), boxes that hold a voxel
     return _by_voxel(boxes.clamp_(max=1).reshape(len(start), *_slices_of(shape)))

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Shape = tuple[int, int, int]
+
 NUM_WINDOWS = 10_000
 NUM_ORDERS = 32
 
@@ -66,9 +68,12 @@ def shuffle_some(views: Sequence[Tensor], chosen: Tensor, random: torch.Generato
     windows = draw_windows(views[0].shape[2:], int(chosen.sum()), random)
     done, shuffled = 0, []
     for batch, is_chosen in zip(views, chosen, strict=True):
-        at = is_chosen.nonzero()[:, 0].to(batch.device)
+        at = is_chosen.nonzero()[:, 0]
         part = windows.part(slice(done, done + len(at)))
-        shuffled.append(batch.index_copy(0, at, shuffle_pixels(batch[at], part)))
+        flat, shape = _flattened(batch)
+        copy = flat.clone()
+        _shuffle(flat, copy, at.to(flat.device), part, shape)
+        shuffled.append(_as_views(copy, shape))
         done += len(at)
     return shuffled
 
@@ -108,17 +113,37 @@ def draw_windows(
 
 
 def shuffle_pixels(views: Tensor, windows: Windows) -> Tensor:
-    """Shuffle every view, (S, 1, I, J, K); like `augment`'s they lie in memory slice after slice."""
-    num_views, _, i, j, k = views.shape
-    flat = views[:, 0].permute(0, 3, 1, 2).reshape(num_views, -1)  # (S, K * I * J)
-    at_once = AT_ONCE if views.device.type == "cpu" else max(num_views, 1)
-    strides = torch.tensor([j, 1, i * j], device=views.device)
+    """Shuffle every view, (S, 1, I, J, K)."""
+    flat, shape = _flattened(views)
     shuffled = torch.empty_like(flat)
-    for start in range(0, num_views, at_once):
-        at = slice(start, start + at_once)
-        read_from = _read_from(windows.part(at), strides, flat.shape[1])
-        torch.gather(flat[at], 1, read_from, out=shuffled[at])
-    return shuffled.reshape(num_views, k, i, j).permute(0, 2, 3, 1)[:, None]
+    _shuffle(flat, shuffled, torch.arange(len(flat), device=flat.device), windows, shape)
+    return _as_views(shuffled, shape)
+
+
+def _flattened(views: Tensor) -> tuple[Tensor, Shape]:
+    """Views as they lie in memory (`augment`), slice after slice, (S, K * I * J)."""
+    _, _, i, j, k = views.shape
+    return views[:, 0].permute(0, 3, 1, 2).flatten(1), (i, j, k)
+
+
+def _as_views(flat: Tensor, shape: Shape) -> Tensor:
+    i, j, k = shape
+    return flat.reshape(-1, k, i, j).permute(0, 2, 3, 1)[:, None]
+
+
+def _shuffle(flat: Tensor, out: Tensor, at: Tensor, windows: Windows, shape: Shape) -> None:
+    """Write shuffled views into the rows `at` of `out`, reading those of `flat`."""
+    _, num_voxels = flat.shape
+    at_once = AT_ONCE if flat.device.type == "cpu" else max(len(at), 1)
+    i, j, _ = shape
+    strides = torch.tensor([j, 1, i * j], device=flat.device)
+    everything, whole = flat.reshape(-1), out.view(-1, num_voxels)
+    for start in range(0, len(at), at_once):
+        part = slice(start, start + at_once)
+        read_from = _read_from(windows.part(part), strides, num_voxels)
+        read_from += at[part, None] * num_voxels
+        values = everything.index_select(0, read_from.flatten())
+        whole.index_copy_(0, at[part], values.view(-1, num_voxels))
 
 
 def _read_from(windows: Windows, strides: Tensor, num_voxels: int) -> Tensor:
