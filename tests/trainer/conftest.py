@@ -10,6 +10,7 @@ import torch
 
 from imaging import nifti
 from models.recipe import FinetuneRecipe, PretrainRecipe
+from trainer import export
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,17 @@ class Recorder:
 @pytest.fixture
 def report() -> Recorder:
     return Recorder()
+
+
+@pytest.fixture
+def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles whose network is empty: for what is not about the export, which takes seconds."""
+
+    def nothing(network: torch.nn.Module, path: Path, *more: object) -> None:
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(export, "to_onnx", nothing)
+    monkeypatch.setattr(export, "check_parity", lambda *arguments: ())
 
 
 def write_scan(folder: Path, name: str, seed: int) -> None:
