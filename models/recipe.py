@@ -21,6 +21,8 @@ TISSUE_HU = -150.0
 LabelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 LabelValue = Annotated[int, Field(ge=1, le=255)]
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
 
 class Part(BaseModel):
     """Frozen, and no field it does not know."""
@@ -60,12 +62,59 @@ class Preprocessing(Part):
     intensity: Annotated[Window | ZScore, Field(discriminator="kind")] = Window()
 
 
+class OwnRange(Part):
+    """Intensities between an image's own least and greatest value, scaled to [0, 1]."""
+
+    kind: Literal["range"] = "range"
+
+
+class Percentiles(Part):
+    """Intensities between two percentiles of an image, scaled to [0, 1] and clipped."""
+
+    kind: Literal["percentiles"] = "percentiles"
+    low: Annotated[float, Field(ge=0.0, le=100.0)] = 0.5
+    high: Annotated[float, Field(ge=0.0, le=100.0)] = 99.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        return self
+
+
+class Normalisation(Part):
+    """(x - mean) / std of red, green and blue in [0, 1]; the defaults are ImageNet's."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+
+
+class Preprocessing2d(Part):
+    """From a 2D image to network input; the image is stretched to a square."""
+
+    size: Annotated[int, Field(ge=32, le=2048, multiple_of=32)] = 224
+    """Rows and columns of the square: of what is kept for training, and of serving's input."""
+    intensity: Annotated[OwnRange | Percentiles, Field(discriminator="kind")] = OwnRange()
+    normalisation: Normalisation | None = Normalisation()
+    """After the intensities lie in [0, 1]; None leaves them there."""
+
+
 class UNet3d(Part):
     """The 3D U-Net of Models Genesis that P uses: four levels of two 3x3x3 convolutions."""
 
     kind: Literal["unet3d"] = "unet3d"
     base_width: Annotated[int, Field(ge=2, le=128)] = 32
     """Channels of the first convolution; P: 32. The bottleneck has 16 times as many."""
+
+
+class ResNetUNet2d(Part):
+    """The U-Net on a ResNet-18 that P uses on radiographs."""
+
+    kind: Literal["resnet18_unet2d"] = "resnet18_unet2d"
+    in_channels: Literal[3] = 3
+    """Grey images are repeated, so that ImageNet's weights fit."""
+    width: Annotated[int, Field(ge=4, le=128, multiple_of=4)] = 64
+    """Channels of the first convolution; P: 64. The bottleneck has 8 times as many."""
 
 
 class Pcrl(Part):
@@ -119,6 +168,46 @@ class CropPairs(Part):
         return self
 
 
+class ImageViews(Part):
+    """Two views of a 2D image (P section 7; algorithms.md 1.2, row 34).
+
+    A clean view is cropped, rotated and flipped; the corrupted one is painted and changed in colour
+    and sharpness besides.
+    """
+
+    kind: Literal["image_views"] = "image_views"
+    input_size: Annotated[int, Field(ge=32, le=1024, multiple_of=32)] = 224
+    crop_area: tuple[Annotated[float, Field(gt=0.0)], Share] = (0.2, 1.0)
+    """Least and greatest share of the image that a crop has."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Least and greatest ratio of a crop's columns to its rows."""
+    max_rotation_deg: Annotated[float, Field(ge=0.0, le=45.0)] = 10.0
+    flip_probability: Share = 0.5
+    """Of left and right changing places; radiographs are not turned upside down."""
+    outpaint_probability: Share = 0.5
+    """Noise outside a few windows; other images are cut out. P names both and gives no share."""
+    cutout_holes: Annotated[int, Field(ge=0, le=16)] = 3
+    cutout_size: PositiveInt = 32
+    """Rows and columns of a hole at `input_size`."""
+    grayscale_probability: Share = 0.2
+    blur_probability: Share = 0.5
+    blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+    """Least and greatest deviation, pixels."""
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.4
+    """Greatest change; of hue in turns. Saturation and hue change nothing in a grey image."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("crop_area", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not low <= high:
+                raise ValueError(f"{name} {low} to {high} must not fall")
+        return self
+
+
 class PretrainRecipe(Part):
     """Self-supervised pretraining; the defaults are P's."""
 
@@ -157,8 +246,8 @@ class SplitShares(Part):
     """How subjects are split where the scans themselves do not say; scaled to sum to one."""
 
     train: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
-    val: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    test: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    val: Share = 0.1
+    test: Share = 0.2
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
@@ -204,9 +293,9 @@ class FinetuneRecipe(_Finetuning):
     transfer: Literal["encoder", "encoder_decoder"] = "encoder"
     """Which part of the parent's weights is taken; the rest starts random."""
     batch_size: PositiveInt = 4
-    foreground_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.66
+    foreground_share: Share = 0.66
     """Share of patches centred on a labelled voxel, the classes taking turns."""
-    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    flip_probability: Share = 0.0
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Of the sliding windows in validation and in serving."""
     fused: bool = True
@@ -261,7 +350,7 @@ class ClassifyRecipe(_Finetuning):
     balanced: bool = True
     """Draw examples with and without each label equally often, the labels taking turns;
     validation and test keep the examples as they are."""
-    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    flip_probability: Share = 0.5
     """Of each axis, for examples of every class alike (bug B19)."""
     quarter_turns: bool = True
     """Turn by 0, 90, 180 or 270 degrees in the IJ plane, for examples of every class alike."""

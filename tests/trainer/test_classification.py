@@ -312,7 +312,8 @@ def test_a_label_that_validation_lacks_is_left_out_and_told(
             if split == "val":
                 scan.rename(scan.with_name(f"v{scan.name[1:]}"))
     fields = {
-        **classify_recipe.model_dump(), "crop": "whole", "num_steps": 1, "labels": ("common", "rare")
+        **classify_recipe.model_dump(), "crop": "whole", "num_steps": 1,
+        "labels": ("common", "rare"),
     }  # fmt: skip
 
     folder = finetune.run(

@@ -105,7 +105,7 @@ def test_four_channels_become_three_overlapping_regions(
     assert session.run(np.zeros((1, 4, 8, 8, 8), np.float32)).shape == (1, 3, 8, 8, 8)
     with pytest.raises(ValueError, match="not float32"):
         session.run(np.zeros((1, 1, 8, 8, 8), np.float32))
-    with pytest.raises(BundleError, match="wrong_model_kind.*reads 4 images"):
+    with pytest.raises(BundleError, match=r"wrong_model_kind.*reads 4 images"):
         segment(session, Volume(np.zeros((8, 8, 8), np.int16), AFFINE))
 
 

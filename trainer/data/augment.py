@@ -70,25 +70,41 @@ def draw_painting(recipe: CropPairs, batch_size: int, random: torch.Generator) -
 
 
 def draw_corruption(recipe: CropPairs, painting: Tensor, random: torch.Generator) -> Corruption:
-    """Boxes and blur of one view (row 33).
+    """Boxes and blur of one view (row 33)."""
+    start, size = draw_boxes(recipe.input_size, painting, random)
+    sigma = torch.rand(len(painting), 3, generator=random) * recipe.max_blur_sigma
+    return Corruption(painting, start, size, sigma)
+
+
+def draw_boxes(
+    shape: tuple[int, ...], painting: Tensor, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Boxes to paint over or windows to keep, in 3D and in 2D (row 33).
 
     Along an axis of n voxels a box to paint over is n//6 to n//3 long, a window to keep
     n - 4n//7 to n - 3n//7; both stay three voxels from the border where they fit.
+
+    Args:
+        shape: Of the images, of D axes.
+        painting: NONE, INPAINT or OUTPAINT, (B,).
+        random: Of the host.
+
+    Returns:
+        First voxel of each box and its extent, 0 where the box is not there, (B, N, D).
     """
     batch_size = len(painting)
-    n = torch.tensor(recipe.input_size)
+    n = torch.tensor(shape)
     outside = (painting == OUTPAINT)[:, None, None]  # (B, 1, 1)
     least = torch.where(outside, n - 4 * n // 7, n // 6)
     most = torch.where(outside, n - 3 * n // 7, n // 3)
-    u = torch.rand(2, batch_size, MAX_BOXES, 3, generator=random, dtype=torch.float64)
+    u = torch.rand(2, batch_size, MAX_BOXES, len(shape), generator=random, dtype=torch.float64)
     size = least + (u[0] * (most - least + 1)).long()
     border = torch.minimum(torch.full_like(size, 3), (n - size) // 2)
     start = border + (u[1] * (n - 2 * border - size + 1)).long()
     there = torch.rand(batch_size, MAX_BOXES, generator=random) < BOX_PROBABILITY
     there[:, 0] |= painting == OUTPAINT
     there &= (painting != NONE)[:, None]
-    sigma = torch.rand(batch_size, 3, generator=random) * recipe.max_blur_sigma
-    return Corruption(painting, start, size * there[:, :, None], sigma)
+    return start, size * there[:, :, None]
 
 
 def make_clean(
@@ -130,14 +146,18 @@ def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> T
 
 def inside_boxes(corruption: Corruption, shape: torch.Size) -> Tensor:
     """Voxels that lie in at least one box, bool (B, I, J, K) on the host."""
-    intervals = []
-    for axis, n in enumerate(shape):
-        first = corruption.box_start[:, :, axis, None]
-        last = first + corruption.box_size[:, :, axis, None]
-        position = torch.arange(n)
-        intervals.append((position >= first) & (position < last))  # (B, N, n)
-    i, j, k = (interval.float() for interval in intervals)
+    i, j, k = intervals(corruption.box_start, corruption.box_size, shape)
     return torch.einsum("bni,bnj,bnk->bijk", i, j, k) > 0
+
+
+def intervals(start: Tensor, size: Tensor, shape: torch.Size) -> list[Tensor]:
+    """What boxes (B, N, D) cover along each axis, ones and zeros (B, N, n)."""
+    covered = []
+    for axis, n in enumerate(shape):
+        first = start[:, :, axis, None]
+        position = torch.arange(n, device=start.device)
+        covered.append((position >= first) & (position < first + size[:, :, axis, None]))
+    return [along.float() for along in covered]
 
 
 def along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
@@ -212,21 +232,29 @@ def rotate_in_plane(x: Tensor, angle: Tensor) -> Tensor:
     return turned.permute(0, 2, 3, 1) + floor
 
 
-def draw_indicators(batch_size: int, random: torch.Generator) -> Tensor:
-    """Indicator vectors of T: flips along I, J, K, then one of four quarter turns, (B, 7)."""
-    flips = (torch.rand(batch_size, 3, generator=random) < 0.5).float()
+def draw_indicators(batch_size: int, random: torch.Generator, *, dims: int = 3) -> Tensor:
+    """Indicator vectors of T: flips along every axis, then one of four quarter turns.
+
+    Returns:
+        (B, 7) in 3D; (B, 6) in 2D, with flips along rows and columns.
+    """
+    flips = (torch.rand(batch_size, dims, generator=random) < 0.5).float()
     turns = torch.randint(4, (batch_size,), generator=random)
     return torch.cat([flips, F.one_hot(turns, 4).float()], dim=1)
 
 
 def apply_indicators(x: Tensor, indicator: Tensor) -> Tensor:
-    """T(X): flip along the marked axes, then turn as `np.rot90` does in the IJ plane.
+    """T(X): flip along the marked axes, then turn as `np.rot90` does in the plane of the first two.
 
     Args:
-        x: (B, 1, I, J, K), I == J.
-        indicator: (B, 7) as `draw_indicators` makes them.
+        x: (B, C, I, J, K) or, in 2D, (B, C, I, J); I == J.
+        indicator: (B, 7) or (B, 6) as `draw_indicators` makes them.
     """
-    batch, _, n, _, depth = x.shape
+    if x.ndim == 4:
+        unturned = torch.zeros_like(indicator[:, :1])
+        deep = torch.cat([indicator[:, :2], unturned, indicator[:, 2:]], dim=1)
+        return apply_indicators(x[..., None], deep)[..., 0]
+    batch, channels, n, _, depth = x.shape
     device = x.device
     flips = indicator[:, :3].bool().to(device)
     turns = indicator[:, 3:].argmax(dim=1).to(device)[:, None, None]
@@ -238,8 +266,10 @@ def apply_indicators(x: Tensor, indicator: Tensor) -> Tensor:
     from_j = torch.where(flips[:, 1, None, None], n - 1 - from_j, from_j)
     slices = torch.arange(depth, device=device)[None, :]
     from_k = torch.where(flips[:, 2, None], depth - 1 - slices, slices)  # (B, K)
-    sample = torch.arange(batch, device=device)[:, None, None, None]
-    return x[:, 0][sample, from_i[..., None], from_j[..., None], from_k[:, None, None, :]][:, None]
+    sample = torch.arange(batch, device=device)[:, None, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None, None]
+    in_plane = (from_i[:, None, :, :, None], from_j[:, None, :, :, None])
+    return x[sample, channel, *in_plane, from_k[:, None, None, None, :]]
 
 
 def _flipped(matrix: Tensor, flip: Tensor) -> Tensor:
