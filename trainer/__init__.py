@@ -4,6 +4,7 @@ __main__     python -m trainer pretrain | finetune | export
 pretrain     the self-supervised loop
 finetune     the fine-tuning loop
 segmentation, classification  what it learns and how that is judged
+task         what the loop asks of those two
 build        the network of a recipe
 methods/     what pretraining learns from; one file a method
 data/        scans, the cache, where crops are cut, how views are made

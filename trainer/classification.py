@@ -7,31 +7,29 @@ B batch, N examples, L labels.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.recipe import ClassifyRecipe
 from trainer.data import cases
 from trainer.data.cache import VolumeCache
 from trainer.data.examples import ExampleCase, Examples, ExampleSampler, truth_of, voxel_of
 from trainer.data.patches import flipped, turned
-from trainer.data.scan_set import SPLITS, ScanFile, ScanSet, Split
+from trainer.data.scan_set import SPLITS, ScanFile, Split
 from trainer.errors import DataError
 from trainer.folder import Metrics
 from trainer.losses import multi_label_loss
 from trainer.metrics import auc, average_precision
 from trainer.randomness import generator
-from trainer.report import Report
+from trainer.task import Setting
 
 LEAST_MEMBERS = 2
 """Examples with, and without, a label that training needs; of one alone nothing is learnt."""
 
 
 class Classification:
-    """The task of a `ClassifyRecipe`; see `trainer.finetune.Task`.
+    """The task of a `ClassifyRecipe`; see `trainer.task`.
 
     Raises:
         DataError: Scans or examples that cannot be trained on.
@@ -39,29 +37,23 @@ class Classification:
 
     score = "auc_mean"
 
-    def __init__(
-        self,
-        recipe: ClassifyRecipe,
-        *,
-        network: nn.Module,
-        scans: ScanSet,
-        cache: Path,
-        report: Report,
-        device: torch.device,
-    ) -> None:
-        store = VolumeCache(cache)
-        self._recipe, self._network, self._device, self._report = recipe, network, device, report
+    def __init__(self, recipe: ClassifyRecipe, setting: Setting) -> None:
+        store = VolumeCache(setting.cache)
+        self._recipe, self._network = recipe, setting.network
+        self._device, self._report = setting.device, setting.report
 
         def read(scan: ScanFile) -> ExampleCase:
             channels = store.channels(scan, recipe.preprocessing, recipe.channels)
             return ExampleCase(scan.id, channels, scan.examples)
 
-        self._cases = cases.read_all(scans, read, lambda scan: bool(scan.examples), report)
+        self._cases = cases.read_all(
+            setting.scans, read, lambda scan: bool(scan.examples), setting.report
+        )
         self.judged_on: Split = "val" if self._cases["val"] else "train"
         self._check_places()
         self._check_labels()
         self._loaded: tuple[Split, Examples] | None = None
-        self._train = Examples.of(self._cases["train"], recipe, device)
+        self._train = Examples.of(self._cases["train"], recipe, setting.device)
         self._sampler = ExampleSampler(self._train.truth, recipe)
 
     def has(self, split: Split) -> bool:

@@ -29,6 +29,7 @@ from trainer.errors import DataError
 from trainer.losses import multi_label_loss
 from trainer.metrics import auc, average_precision
 from trainer.randomness import generator
+from trainer.task import Setting
 
 CPU = torch.device("cpu")
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 2.0, 0, 5], [0, 0, 2.0, 40], [0, 0, 0, 1]])
@@ -353,10 +354,10 @@ def test_exclusive_labels_are_judged_one_against_the_rest(
         "exclusive": True,
     }  # fmt: skip
     recipe = ClassifyRecipe.model_validate(fields)
-    more = {"scans": discover(folder), "cache": tmp_path / "c", "report": report, "device": CPU}
+    more = (discover(folder), tmp_path / "cache", report, CPU)
 
-    right = Classification(recipe, network=Brightness([-20.0, 20.0]), **more)
-    wrong = Classification(recipe, network=Brightness([20.0, -20.0]), **more)
+    right = Classification(recipe, Setting(Brightness([-20.0, 20.0]), *more))
+    wrong = Classification(recipe, Setting(Brightness([20.0, -20.0]), *more))
 
     assert right.judge("train")["auc_dark"]["value"] == 1.0
     assert wrong.judge("train")["auc_mean"]["value"] == 0.0

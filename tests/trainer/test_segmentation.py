@@ -23,6 +23,7 @@ from trainer.data.scans import discover
 from trainer.errors import DataError, NonFiniteLossError
 from trainer.losses import region_loss
 from trainer.segmentation import Segmentation, region_members
+from trainer.task import Setting
 
 CPU = torch.device("cpu")
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -266,11 +267,11 @@ def test_whole_volumes_are_judged_where_they_lie_though_padded(
         }
     )  # fmt: skip
     scans = discover(tmp_path, channels=recipe.channels)
-    more = {"scans": scans, "cache": tmp_path / "cache", "report": report, "device": CPU}
+    more = (scans, tmp_path / "cache", report, CPU)
 
-    task = Segmentation(recipe, network=Thresholds(), **more)
-    exact = task.judge("train")
-    shifted = Segmentation(recipe, network=torch.nn.ReplicationPad3d((-1, 1, 0, 0, 0, 0)), **more)
+    exact = Segmentation(recipe, Setting(Thresholds(), *more)).judge("train")
+    moving = torch.nn.ReplicationPad3d((-1, 1, 0, 0, 0, 0))
+    shifted = Segmentation(recipe, Setting(moving, *more))
 
     assert [exact[name]["value"] for name in ("dice_both", "dice_inner", "dice_mean")] == [1, 1, 1]
     assert 0.3 < shifted.judge("train")["dice_inner"]["value"] < 0.9
