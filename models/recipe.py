@@ -439,8 +439,8 @@ class SplitShares(Part):
     """How subjects are split where the scans themselves do not say; scaled to sum to one."""
 
     train: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
-    val: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    test: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    val: Share = 0.1
+    test: Share = 0.2
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
@@ -486,9 +486,9 @@ class FinetuneRecipe(_Finetuning):
     transfer: Literal["encoder", "encoder_decoder"] = "encoder"
     """Which part of the parent's weights is taken; the rest starts random."""
     batch_size: PositiveInt = 4
-    foreground_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.66
+    foreground_share: Share = 0.66
     """Share of patches centred on a labelled voxel, the classes taking turns."""
-    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    flip_probability: Share = 0.0
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Of the sliding windows in validation and in serving."""
     fused: bool = True
@@ -559,7 +559,7 @@ class ClassifyRecipe(_Classifying):
     resized to `input_size`."""
     input_size: Size = (64, 64, 32)
     preprocessing: Preprocessing = Preprocessing()
-    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    flip_probability: Share = 0.5
     """Of each axis, for examples of every class alike (bug B19)."""
     quarter_turns: bool = True
     """Turn by 0, 90, 180 or 270 degrees in the IJ plane, for examples of every class alike."""

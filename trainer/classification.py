@@ -13,18 +13,19 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.recipe import AnyClassify, ClassifyRecipe, ClassifyRecipe2d
 from trainer.data import cases
 from trainer.data.examples import Batches, VolumeSource, truth_of
 from trainer.data.examples2d import ImageSource
-from trainer.data.scan_set import SPLITS, Example, ScanFile, ScanSet, Split
+from trainer.data.scan_set import SPLITS, Example, ScanFile, Split
 from trainer.errors import DataError
 from trainer.folder import Metrics
 from trainer.losses import multi_label_loss
 from trainer.metrics import auc, average_precision
 from trainer.report import Report
+from trainer.task import Setting
 
 LEAST_MEMBERS = 2
 """Examples with, and without, a label that training needs; of one alone nothing is learnt."""
@@ -76,7 +77,7 @@ SOURCES: dict[type[AnyClassify], Callable[[Any, Path, torch.device], Source]] = 
 
 
 class Classification:
-    """The task of a `ClassifyRecipe` or `ClassifyRecipe2d`; see `trainer.finetune.Task`.
+    """The task of a `ClassifyRecipe` or `ClassifyRecipe2d`; see `trainer.task`.
 
     Raises:
         DataError: Scans or examples that cannot be trained on.
@@ -84,23 +85,16 @@ class Classification:
 
     score = "auc_mean"
 
-    def __init__(
-        self,
-        recipe: AnyClassify,
-        *,
-        network: nn.Module,
-        scans: ScanSet,
-        cache: Path,
-        report: Report,
-        device: torch.device,
-    ) -> None:
-        self._recipe, self._network, self._device, self._report = recipe, network, device, report
-        self._source = SOURCES[type(recipe)](recipe, cache, device)
+    def __init__(self, recipe: AnyClassify, setting: Setting) -> None:
+        self._recipe, self._network = recipe, setting.network
+        self._device, self._report = setting.device, setting.report
+        self._source = SOURCES[type(recipe)](recipe, setting.cache, setting.device)
         self._cases = cases.read_all(
-            scans, self._source.read, lambda scan: bool(scan.examples), report
+            setting.scans, self._source.read, lambda scan: bool(scan.examples), setting.report
         )
         self.judged_on: Split = "val" if self._cases["val"] else "train"
-        self._source.check([case for split in SPLITS for case in self._cases[split]], report)
+        every_case = [case for split in SPLITS for case in self._cases[split]]
+        self._source.check(every_case, setting.report)
         self._check_labels()
         self._loaded: tuple[Split, Examples] | None = None
         self._train = self._source.lay_out(self._cases["train"])

@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.recipe import AnyClassify, FinetuneRecipe
 from trainer import checkpoint, export, folder, transfer
 from trainer.build import build, lay_out
 from trainer.checkpoint import State
 from trainer.classification import Classification
-from trainer.data.scan_set import ScanSet, Split
+from trainer.data.scan_set import ScanSet
 from trainer.errors import NonFiniteLossError, Preempted
-from trainer.folder import Metrics, ShouldStop
+from trainer.folder import ShouldStop
 from trainer.pretrain import cosine
 from trainer.report import Report
 from trainer.segmentation import Segmentation
+from trainer.task import Setting, Task
 
-
-class Task(Protocol):
-    """What is learnt, and how it is judged; made before training from all that it needs."""
-
-    score: str
-    """The metric whose highest value chooses the checkpoint."""
-    judged_on: Split
-    """`val`, or `train` where there are no validation scans."""
-
-    def has(self, split: Split) -> bool:
-        """Whether there is something to judge on."""
-
-    def sample(self) -> Tensor:
-        """Real network input for the parity check, float16 (1, C, ...)."""
-
-    def loss(self, step: int) -> Tensor:
-        """Of one batch, with its gradient; follows from the seed and the step."""
-
-    def judge(self, split: Split) -> Metrics:
-        """How good the network is now."""
+TASKS: dict[str, Callable[[Any, Setting], Task]] = {
+    "finetune": Segmentation,
+    "classify": Classification,
+}
+"""By `recipe.kind`."""
 
 
 def run(
@@ -86,14 +73,8 @@ def run(
     network.to(device)
     lay_out(network)
     network.train()
-    task = _make_task(
-        recipe,
-        network=network,
-        scans=scans,
-        cache=cache or out / folder.CACHE,
-        report=report,
-        device=device,
-    )
+    setting = Setting(network, scans, cache or out / folder.CACHE, report, device)
+    task = TASKS[recipe.kind](recipe, setting)
     head = {**folder.header(recipe, scans, task.sample(), device, run_id), **origin}
 
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
@@ -161,24 +142,6 @@ def run(
         report.metric(recipe.num_steps, {name: metric["value"] for name, metric in tested.items()})
         final["metrics"] |= tested
     return export.publish(final, out / folder.BUNDLE, report)
-
-
-def _make_task(
-    recipe: FinetuneRecipe | AnyClassify,
-    *,
-    network: nn.Module,
-    scans: ScanSet,
-    cache: Path,
-    report: Report,
-    device: torch.device,
-) -> Task:
-    if isinstance(recipe, FinetuneRecipe):
-        return Segmentation(
-            recipe, network=network, scans=scans, cache=cache, report=report, device=device
-        )
-    return Classification(
-        recipe, network=network, scans=scans, cache=cache, report=report, device=device
-    )
 
 
 def _start_from(

@@ -56,12 +56,12 @@ def auc(scores: Tensor, truth: Tensor) -> float:
         scores: (N,).
         truth: 1 or 0, some of each, (N,).
     """
-    return cast(float, compute_roc_auc(scores, truth))
+    return float(cast(float, compute_roc_auc(scores, truth)))  # MONAI gives a numpy scalar
 
 
 def average_precision(scores: Tensor, truth: Tensor) -> float:
     """Mean over the positives of the precision where each is found; arguments as in `auc`."""
-    return cast(float, compute_average_precision(scores, truth))
+    return float(cast(float, compute_average_precision(scores, truth)))
 
 
 def mean_ignoring_nan(values: Sequence[float]) -> tuple[float, int]:

@@ -8,12 +8,10 @@ B batch, C channels, R regions or classes, I J K voxels.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.recipe import FinetuneRecipe
 from models.tiling import margins, pad
@@ -22,20 +20,21 @@ from trainer.data.cache import LabelledCase, VolumeCache
 from trainer.data.patches import cut, flipped, resident_channels
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PatchSampler
-from trainer.data.scan_set import SPLITS, ScanSet, Split
+from trainer.data.scan_set import SPLITS, Split
 from trainer.errors import DataError
 from trainer.folder import Metrics, centre_sample
 from trainer.losses import region_loss, segmentation_loss
 from trainer.metrics import dice_per_label, dice_per_region, mean_ignoring_nan
 from trainer.randomness import generator
 from trainer.report import Report
+from trainer.task import Setting
 
 SAMPLE_SIZE: Size = (96, 96, 64)
 """Most of a patch that the parity check looks at."""
 
 
 class Segmentation:
-    """The task of a `FinetuneRecipe`; see `trainer.finetune.Task`.
+    """The task of a `FinetuneRecipe`; see `trainer.task`.
 
     Raises:
         DataError: Scans or labels that cannot be trained on.
@@ -43,29 +42,22 @@ class Segmentation:
 
     score = "dice_mean"
 
-    def __init__(
-        self,
-        recipe: FinetuneRecipe,
-        *,
-        network: nn.Module,
-        scans: ScanSet,
-        cache: Path,
-        report: Report,
-        device: torch.device,
-    ) -> None:
-        store = VolumeCache(cache)
-        self._recipe, self._network, self._device = recipe, network, device
+    def __init__(self, recipe: FinetuneRecipe, setting: Setting) -> None:
+        store = VolumeCache(setting.cache)
+        self._recipe, self._network = recipe, setting.network
+        self._device = setting.device
         self._members = region_members(recipe)
         self._cases = cases.read_all(
-            scans,
+            setting.scans,
             lambda scan: store.labelled(scan, recipe),
             lambda scan: scan.labels is not None,
-            report,
+            setting.report,
         )
         self.judged_on: Split = "val" if self._cases["val"] else "train"
         everything = [case for split in SPLITS for case in self._cases[split]]
-        cases.check_extents([case.channels[0] for case in everything], recipe.patch_size, report)
-        self._check_targets(report)
+        first_channels = [case.channels[0] for case in everything]
+        cases.check_extents(first_channels, recipe.patch_size, setting.report)
+        self._check_targets(setting.report)
         self._images, self._labels, self._sampler = self._make_resident(self._cases["train"])
 
     def has(self, split: Split) -> bool:
@@ -150,7 +142,7 @@ class Segmentation:
             by_split = {
                 split: [scan for scan, holds in held[split] if holds[at]] for split in SPLITS
             }
-            cases.check_members(f"{name}", by_split, at_least=1, report=report)
+            cases.check_members(name, by_split, at_least=1, report=report)
         if not any(any(holds) for _, holds in held[self.judged_on]):
             raise DataError("nothing_to_judge", f"no {self.judged_on} scan holds any of the labels")
 

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from models.networks.unet3d import pooled
+
 
 class HasBottleneck(Protocol):
     """What an encoder returns."""
@@ -35,7 +37,5 @@ class Classifier(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, C, ...) to (B, L)."""
         features: HasBottleneck = self.encoder(image)
-        # A plain mean: the backward pass of adaptive pooling is not deterministic on CUDA.
-        pooled = features.bottleneck.flatten(2).mean(dim=2)  # (B, F)
-        logits: Tensor = self.head(pooled)
+        logits: Tensor = self.head(pooled(features.bottleneck))
         return logits

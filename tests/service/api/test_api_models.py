@@ -21,6 +21,18 @@ def test_a_model_shows_its_versions_newest_first_and_its_aliases(api, new_model)
     assert api("GET", "/models/shown/versions/3").status_code == 404
 
 
+def test_a_classifier_is_a_model_and_segments_nothing(api, world, new_model):
+    new_model(api, "sorter", "classifier", activation="sigmoid")
+    before = api.counts()
+
+    asked = api("POST", "/segmentations", json={"volume_id": world.image, "model": "sorter"})
+
+    assert api("GET", "/models/sorter").json()["kind"] == "classifier"
+    assert api("GET", "/models/sorter/versions/1").json()["manifest"]["labels"] == ["liver"]
+    assert (asked.status_code, asked.json()["code"]) == (422, "wrong_model_kind")
+    assert "kind classifier" in asked.json()["detail"] and api.counts() == before
+
+
 def test_models_are_listed_by_name_page_by_page(api, new_model):
     for name in ("page-c", "page-a", "page-b"):
         new_model(api, name, "encoder")
