@@ -369,6 +369,8 @@ class _Pretraining(Part):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     checkpoint_every: PositiveInt = 500
     log_every: PositiveInt = 10
+    compile: bool = False
+    """Compile the step with torch.compile: minutes once, the same function but for rounding."""
 
     _dims: ClassVar[Literal[2, 3]] = 3
 

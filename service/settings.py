@@ -91,6 +91,12 @@ class Settings(BaseSettings):
     train_threads: int = Field(
         default=0, ge=0, description="Threads of a training process; 0 is one a core."
     )
+    train_processes: int = Field(
+        default=1,
+        ge=0,
+        description="Processes that share each batch of a pretraining, one a GPU; 0 is one a "
+        "visible GPU.",
+    )
     wait_max_s: PositiveFloat = Field(
         default=60.0, description="Longest `Prefer: wait=N` that the API grants."
     )

@@ -2,6 +2,8 @@
 
 Exit status: 0 done; 64 bad recipe or data; 75 stopped on request, checkpoint written; 76 GPU out
 of memory; 77 host out of memory; 78 non-finite loss; 79 parity gate failed; 1 anything else.
+
+Pretraining runs in one process or one a GPU, started by `--processes` or by torchrun.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from models.bundle import BundleError
 from models.recipe import AnyRecipe, PretrainRecipe, PretrainRecipe2d, Recipe
-from trainer import errors
+from trainer import errors, launch
 from trainer.errors import DataError, TrainingError
-from trainer.report import Human, JsonLines, Report
+from trainer.report import Follower, Human, JsonLines, Report
 
 if TYPE_CHECKING:  # torch takes seconds to import; a bad recipe is refused before
     import torch
@@ -37,12 +39,21 @@ _RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(arguments)
-    if args.events == "jsonl":
+    is_rank = "RANK" in os.environ
+    if args.events == "jsonl" or is_rank:
         die_with_parent()
     report: Report = JsonLines() if args.events == "jsonl" else Human()
+    if is_rank and os.environ["RANK"] != "0":
+        report = Follower(report)
     stop = _StopSignal()
     try:
+        if not is_rank and getattr(args, "processes", 1) != 1:
+            recipe = read_recipe(args.recipe, args.command)
+            assert isinstance(recipe, PretrainRecipe)
+            if (num_processes := launch.choose(recipe, args.processes)) > 1:
+                return _end_with(launch.launch(arguments, num_processes))
         _run(args, report, stop)
     except Exception as error:  # noqa: BLE001 - the border of the process: every end gets a status
         status, code, detail = classify(error)
@@ -53,10 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _end_with(status: int) -> int:
+    """The exit status; a rank that was ended by a signal ends us by the same one."""
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
+
+
 def die_with_parent() -> None:
     """Let Linux kill this process when its supervisor dies, so that no orphan holds the GPU.
 
-    Only for supervised runs (`--events jsonl`): a human's `nohup` must survive the shell.
+    Only for supervised runs (`--events jsonl`) and ranks of a run: a human's `nohup` must survive
+    the shell.
     """
     if sys.platform != "linux":
         return
@@ -104,7 +124,7 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
     recipe = None if args.command == "export" else read_recipe(args.recipe, args.command)
     import torch
 
-    from trainer import checkpoint, export, finetune, folder, pretrain
+    from trainer import checkpoint, distributed, export, finetune, folder, pretrain
     from trainer.data.scans import discover
 
     if args.threads:
@@ -117,11 +137,14 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
     dims = recipe.network.dims
     if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
         scans = discover(args.scans, dims=dims)
-        pretrain.run(
-            recipe, scans, args.out, report,
-            device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
-        )  # fmt: skip
+        with distributed.group(device.type) as device:
+            pretrain.run(
+                recipe, scans, args.out, report,
+                device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
+            )  # fmt: skip
     else:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise DataError("bad_processes", "fine-tuning runs in one process")
         scans = discover(args.scans, channels=recipe.channels, shares=recipe.split, dims=dims)
         finetune.run(
             recipe, scans, args.out, report,
@@ -177,7 +200,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         command.add_argument("--run-id")
         command.add_argument("--cache", type=Path, help="preprocessed volumes; OUT/cache")
-        if kind == "finetune":
+        if kind == "pretrain":
+            command.add_argument(
+                "--processes", type=int, default=1, help="that share each batch; 0 is one a GPU"
+            )
+        else:
             command.add_argument("--parent", type=Path, help="bundle to start from")
         _add_common(command)
     command = commands.add_parser("export")

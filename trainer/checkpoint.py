@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from models.bundle import sha256_of
+from trainer import distributed
 from trainer.errors import DataError, DiskFullError
 
 FORMAT = 1
@@ -164,7 +165,8 @@ def restore_rng(state: State) -> None:
 def fingerprint(device: torch.device) -> str:
     """What must be equal for a resume to be exact."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
+    ranks = f", {distributed.num_ranks()} processes" if distributed.num_ranks() > 1 else ""
+    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads{ranks}"
 
 
 def _newest_first(folder: Path, kind: str) -> Iterator[Path]:

@@ -1,4 +1,8 @@
-"""Self-supervised pretraining: one loop, from scans or 2D images to an encoder bundle."""
+"""Self-supervised pretraining: one loop, from scans or 2D images to an encoder bundle.
+
+Several processes train as one (`trainer.distributed`): all ranks run this loop, the first alone
+writes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.recipe import TISSUE_HU, AnyPretrain, PretrainRecipe, PretrainRecipe2d, Window
-from trainer import checkpoint, export, folder
+from trainer import checkpoint, distributed, export, folder, launch
 from trainer.build import lay_out
 from trainer.data import sampling
 from trainer.data.cache import Case, VolumeCache
@@ -44,20 +48,21 @@ def run(
         out: The run's folder; see `trainer.folder`.
         report: Where progress goes.
         device: Where to compute.
-        should_stop: Asked after every step; true ends the run with a checkpoint.
+        should_stop: Asked after every step; true on any rank ends the run with a checkpoint.
         run_id: The service's name for the run, for the lineage.
         cache: Folder of preprocessed scans; `out/cache` if None.
 
     Returns:
-        The bundle's folder.
+        The bundle's folder; on other ranks than the first it may not be there yet.
 
     Raises:
-        DataError: Scans that cannot be trained on.
+        DataError: Scans that cannot be trained on, or a batch that the ranks cannot share.
         Preempted: Stopped on request.
         NonFiniteLossError: The loss is not finite.
         DiskFullError: No room for a checkpoint.
         ParityError: ONNX and torch disagree.
     """
+    launch.check(recipe, distributed.num_ranks())
     if (done := folder.finished(out, recipe, report)) is not None:
         return done
     volumes, sampler, sample = _load(recipe, scans, cache or out / folder.CACHE, report, device)
@@ -72,6 +77,7 @@ def run(
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
+        fused=True,
     )
     start = 0
     if (state := folder.resume(out, head, report)) is not None:
@@ -79,6 +85,11 @@ def run(
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_rng(state["rng"])
+    losses_of = distributed.joined(
+        torch.compile(method.losses) if recipe.compile else method.losses,
+        trained=method,
+        normalised=method.student,
+    )
 
     def save(step: int) -> None:
         parts = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
@@ -96,7 +107,7 @@ def run(
             group["lr"] = cosine(recipe.learning_rate, step - 1, recipe.num_steps)
         views = method.make_views(volumes, sampler, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = method.losses(views)
+            losses = losses_of(views)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()  # type: ignore[no-untyped-call]  # of torch
         optimizer.step()
@@ -105,22 +116,28 @@ def run(
         is_bad = ~losses.total.detach().isfinite() & (bad_step < 0)
         bad_step = torch.where(is_bad, step, bad_step)
         is_logged = step % recipe.log_every == 0 or step == recipe.num_steps
-        stops = should_stop()
+        stops = distributed.any_rank(should_stop())
         is_saved = step % recipe.checkpoint_every == 0 or step == recipe.num_steps or stops
-        if (is_logged or is_saved or step % watch_every == 0) and int(bad_step) >= 0:
-            raise NonFiniteLossError(int(bad_step))
+        if is_logged or is_saved or step % watch_every == 0:
+            bad_step = distributed.largest(bad_step)
+            if int(bad_step) >= 0:
+                raise NonFiniteLossError(int(bad_step))
         if is_logged:
             pace = (step - window_start) / (time.monotonic() - window_s)
             window_start, window_s = step, time.monotonic()
-            values = {name: float(value) for name, value in losses.named().items()}
+            named = losses.named()
+            every = distributed.mean(torch.stack(list(named.values()))).tolist()
+            values = dict(zip(named, every, strict=True))
             lr = float(optimizer.param_groups[0]["lr"])
             report.metric(step, {**values, "learning_rate": lr, "steps_per_s": pace})
             report.progress("pretrain", step, recipe.num_steps)
-        if is_saved:
+        if is_saved and distributed.is_first():
             save(step)
         if stops and step < recipe.num_steps:
             raise Preempted(step)
 
+    if not distributed.is_first():
+        return out / folder.BUNDLE
     final = checkpoint.load_newest(out / folder.CHECKPOINTS)
     assert final is not None
     return export.publish(final, out / folder.BUNDLE, report)
@@ -137,14 +154,18 @@ def _load(
     """What views are cut from, what says where, and real network input for the parity check."""
     chosen = scans.of("train")
     if isinstance(recipe, PretrainRecipe2d):
-        images = load_images(chosen, recipe.preprocessing, cache, report, device)
+        with distributed.first_then_others():
+            images = load_images(chosen, recipe.preprocessing, cache, report, device)
         return images, None, images.inputs(torch.tensor([0]), recipe.preprocessing).half().cpu()
     store = VolumeCache(cache)
     cases = []
-    for done, scan in enumerate(chosen, start=1):
-        cases.append(store.image(scan, recipe.preprocessing))
-        report.progress("prepare", done, len(chosen))
+    with distributed.first_then_others():
+        for done, scan in enumerate(chosen, start=1):
+            cases.append(store.image(scan, recipe.preprocessing))
+            report.progress("prepare", done, len(chosen))
     volumes, sampler = _make_resident(recipe, cases, device)
+    if volumes.flat.device.type != device.type:
+        report.log("info", "the volumes stay in host memory: too large for the device")
     middle = folder.centre_sample(cases[0].image, cases[0].background, recipe.crops.input_size)
     return volumes, sampler, middle
 

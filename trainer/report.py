@@ -108,6 +108,33 @@ class Human:
         self._stream.flush()
 
 
+class Follower:
+    """What the other ranks of a run say: nothing but an error that the first may not know of."""
+
+    TOGETHER = ("preempted", "non_finite_loss")
+    """What all ranks end with at the same step."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def progress(self, stage: str, step: int, total: int) -> None:
+        """Says nothing."""
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        """Says nothing."""
+
+    def log(self, level: str, message: str) -> None:
+        """Says nothing."""
+
+    def result(self, bundle: str, digest: str) -> None:
+        """Says nothing."""
+
+    def error(self, code: str, detail: str) -> None:
+        """See `Report`."""
+        if code not in self.TOGETHER:
+            self._report.error(code, detail)
+
+
 class _Pace:
     """Time left, from the pace since this process entered the stage."""
 

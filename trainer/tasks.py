@@ -112,6 +112,8 @@ def prepare(worker: Worker, lease: Lease, folder: Path) -> list[str]:
     command += ["--scans", str(scans), "--out", str(folder / "out"), "--events", "jsonl"]
     command += ["--device", worker.settings.device, "--run-id", lease.run_id]
     command += ["--threads", str(worker.settings.train_threads)]
+    if lease.kind is RunKind.PRETRAIN:
+        command += ["--processes", str(worker.settings.train_processes)]
     parent = lease.spec.get("parent")
     if parent is not None and lease.kind is RunKind.FINETUNE:
         command += ["--parent", str(worker.store.bundle_dir(parent))]
@@ -200,8 +202,8 @@ class _News:
             self._pending.append(("log", event))
         elif kind == "result":
             self.result = event
-        elif kind == "error":
-            self.error = event
+        elif kind == "error" and (self.error is None or self.error.get("code") == UNEXPECTED):
+            self.error = event  # of several ranks the one that others failed of comes first
 
     def flush(self, *, everything: bool = False) -> None:
         """Write what is due; a database that is away keeps it for the next time.

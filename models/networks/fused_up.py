@@ -115,6 +115,7 @@ def _interleave(windows: Tensor) -> Tensor:
 
 def _places(like: Tensor) -> Tensor:
     """Which tap a pair (q, d) adds to, (4, 2, 3) of zeros and ones."""
-    tap = torch.arange(4)[:, None, None]
-    q, d = torch.arange(2)[None, :, None], torch.arange(3)[None, None, :]
+    tap = torch.arange(4, device=like.device)[:, None, None]
+    q = torch.arange(2, device=like.device)[None, :, None]
+    d = torch.arange(3, device=like.device)[None, None, :]
     return (tap == q + 2 - d).to(like)

@@ -87,7 +87,7 @@ def scan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pretrain_recipe() -> PretrainRecipe:
     return PretrainRecipe.model_validate(pretrain_fields())
 

@@ -242,14 +242,13 @@ def test_one_scans_embeddings_are_no_negatives_of_each_other(build) -> None:
     assert contrast(masked, 1) == contrast(plain, 0) == contrast(plain, 1) > 0.5
 
 
-def test_momentum_groups_normalise_apart_and_come_back_in_order(build) -> None:
+def test_momentum_groups_normalise_apart(build) -> None:
     method, views_of = build()
     views = views_of(1)
 
-    grouped = method._encode_momentum(views.input_m, views.order)
+    grouped = method._encode_momentum(views.input_m)
 
-    order = views.order
-    for part in (order[:2], order[2:]):
+    for part in (slice(0, 2), slice(2, 4)):
         alone = method.momentum_encoder(views.input_m[part])
         torch.testing.assert_close(grouped.bottleneck[part], alone.bottleneck)
     together = method.momentum_encoder(views.input_m)

@@ -28,6 +28,7 @@ from models.recipe import CropPairs
 from trainer.data import affine
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import Pairs
+from trainer.data.to_device import to_device
 
 MAX_BOXES = 5
 BOX_PROBABILITY = 0.95
@@ -141,40 +142,45 @@ def make_clean(
     volumes: Resident, recipe: CropPairs, pairs: Pairs, view: int, geometry: Geometry
 ) -> Tensor:
     """Cut, resize, flip and rotate one view of every pair, float32 (B, 1, I, J, K)."""
-    device = volumes.flat.device
+    device = volumes.device
     out = _by_voxel(torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device))
     sizes = pairs.size[:, view]
     for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
         size: Size = recipe.crop_sizes[index]
         along_i, along_j, along_k = (
-            resize_matrix(*extents).to(device)
+            to_device(resize_matrix(*extents), device)
             for extents in zip(size, recipe.input_size, strict=True)
         )
         in_plane = None if size[:2] == recipe.input_size[:2] else (along_i, along_j)
         of_size = (sizes == index).nonzero()[:, 0]
         for at in of_size.split(_at_once(device, len(of_size))):
             crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
-            flips, angles = geometry.flips[at].to(device), geometry.angles[at].to(device)
+            flips = to_device(geometry.flips[at], device)
+            angles = to_device(geometry.angles[at], device)
             if recipe.rotation == "in_plane" and recipe.max_scaling == 0:
                 resized = _resize(crop, in_plane, _flipped(along_k, flips[:, 2]))
                 moved = rotate_in_plane(resized, angles[:, 2], flips[:, :2])
             else:
                 resized = _resize(crop, in_plane, along_k)
-                signed = torch.where(flips, -1, 1) * geometry.scales[at].to(device)
+                signed = torch.where(flips, -1, 1) * to_device(geometry.scales[at], device)
                 moved = affine.rotate_and_scale(resized, angles, signed)
-            out[at.to(device)] = moved
+            out[to_device(at, device)] = moved
     return out[:, None]
 
 
-def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> Tensor:
+def corrupt(
+    clean: Tensor, corruption: Corruption, random: torch.Generator, *, skip: int = 0
+) -> Tensor:
     """Paint with uniform noise, then blur, (B, 1, I, J, K).
 
     Args:
         clean: (B, 1, I, J, K); not changed.
         corruption: What was drawn.
         random: Of the noise, on the views' device.
+        skip: Views whose noise is drawn and dropped first: those of lower ranks.
     """
-    sigma = corruption.blur_sigma.to(clean.device)
+    uniform_noise((skip, *clean.shape[1:]), random)
+    sigma = to_device(corruption.blur_sigma, clean.device)
     blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
     out = torch.empty(clean.shape, device=clean.device)
     at_once = _at_once(clean.device, len(clean))

@@ -13,6 +13,7 @@ N windows or holes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -76,6 +77,11 @@ class Corruption2d:
     saturation: Tensor
     hue: Tensor
     order: Tensor
+
+    def of(self, rows: Tensor) -> Corruption2d:
+        """The same for some samples of the batch, whose colours change in one order."""
+        of_samples = [f.name for f in dataclasses.fields(self) if f.name != "order"]
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in of_samples})
 
 
 def draw_geometry(
@@ -205,6 +211,8 @@ def corrupt(
     corruption: Corruption2d,
     normalisation: Normalisation | None,
     random: torch.Generator,
+    *,
+    skip: int = 0,
 ) -> Tensor:
     """The network's input, float32 (B, 3, n, n).
 
@@ -213,8 +221,10 @@ def corrupt(
         corruption: What was drawn.
         normalisation: As in the recipe.
         random: Of the noise, on the views' device.
+        skip: Views whose noise is drawn and dropped first: those of lower ranks.
     """
     device = clean.device
+    torch.rand((skip, *clean.shape[1:]), generator=random, device=device)
     noise = torch.rand(clean.shape, generator=random, device=device)
     outpainted = corruption.outpainted.to(device)[:, None, None, None]
     kept = _inside(corruption.window_start, corruption.window_size, clean)

@@ -29,7 +29,7 @@ from models.networks.heads import Projector, TransAttention
 from models.networks.resnet_unet2d import Features2d, ResNet18Encoder
 from models.networks.unet3d import Features, SkipResponses, UNet3d, UNet3dEncoder
 from models.recipe import AnyPretrain, PretrainRecipe
-from trainer import ema
+from trainer import distributed, ema
 from trainer.build import build_student
 from trainer.data import augment
 from trainer.data.images2d import ResidentImages
@@ -112,7 +112,7 @@ class Pcrl(nn.Module):
         """Eq. 5-8 of the paper for one batch."""
         method = self.recipe.method
         features_o: AnyFeatures = self.student.encoder(views.input_o)
-        features_m = self._encode_momentum(views.input_m, views.order)
+        features_m = self._encode_momentum(views.input_m)
         plain = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
         attended = self._attend(plain, views)
         skips = self._skips(features_o, features_m, views.mix)
@@ -140,21 +140,21 @@ class Pcrl(nn.Module):
         beta = self.recipe.method.ema_momentum
         ema.update(self.momentum_encoder, self.student.encoder, beta)
         ema.update(self.momentum_projector, self.projector, beta)
-        self.queue.push(losses.pushed, losses.scans)
+        pushed = _gathered(losses.pushed, len(self.recipe.method.push))
+        self.queue.push(pushed, _gathered(losses.scans, len(self.recipe.method.push)))
         self.normaliser.copy_(losses.normaliser)
 
     @torch.no_grad()
-    def _encode_momentum(self, image: Tensor, order: Tensor) -> AnyFeatures:
+    def _encode_momentum(self, images: Tensor) -> AnyFeatures:
         """Encode in shuffled groups, so that a key's batch statistics do not give its query away.
 
-        On one device this is what shuffling over devices is in MoCo (row 22).
+        What shuffling over devices is in MoCo (row 22): the batch was shuffled when it was drawn,
+        and a rank holds whole groups, so no image and no feature travels (docs/adr/0007).
         """
-        shuffled = image[order]
-        groups = min(self.recipe.method.momentum_groups, len(shuffled) // 2)
-        parts = [self.momentum_encoder(part) for part in shuffled.chunk(groups)]
-        back = order.argsort()
-        levels = [torch.cat(level)[back] for level in zip(*parts, strict=True)]
-        encoded: AnyFeatures = type(parts[0])._make(levels)
+        groups = min(self.recipe.method.momentum_groups, self.recipe.batch_size // 2)
+        ours = groups // distributed.num_ranks()
+        parts = [self.momentum_encoder(part) for part in images.chunk(ours)]
+        encoded: AnyFeatures = type(parts[0])._make(map(torch.cat, zip(*parts, strict=True)))
         return encoded
 
     def _attend(self, plain: dict[str, Tensor], views: Views) -> dict[str, Tensor]:
@@ -249,7 +249,7 @@ class Pcrl(nn.Module):
             return _mix(x, x[views.partner], views.mixup)
 
         features_o: AnyFeatures = self.student.encoder(mixed(views.input_o))
-        features_m = self._encode_momentum(mixed(views.input_m), views.order)
+        features_m = self._encode_momentum(mixed(views.input_m))
         bottlenecks = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
         targets = _with_hybrid(mixed(views.clean_o), mixed(views.clean_m), views.mix)
         skips = self._skips(features_o, features_m, views.mix)
@@ -279,7 +279,7 @@ class Pcrl(nn.Module):
                 loss = nce_loss(query, key, negatives, temperature, ignored=ignored)
             terms.append(loss)
             if method.push_when == "each_term" and CONTRASTED[term][1] in method.push:
-                own.append(key)
+                own.append(distributed.concatenate(key))
                 negatives = self.queue.with_pushed(torch.cat(own))
         return torch.stack(terms).mean(), normaliser
 
@@ -287,13 +287,21 @@ class Pcrl(nn.Module):
         """Z moved towards this batch's estimate, which it starts from (bug B1)."""
         method = self.recipe.method
         query, key = (embeddings[name] for name in CONTRASTED[method.contrasts[0]])
-        estimate = mean_candidate(query, key, self.queue.vectors, method.temperature)
+        estimate = distributed.mean(
+            mean_candidate(query, key, self.queue.vectors, method.temperature)
+        )
         moved = torch.lerp(estimate, self.normaliser, method.normaliser_momentum)
         return torch.where(self.normaliser > 0, moved, estimate)
 
 
 def _is_fused(recipe: AnyPretrain) -> bool:
     return isinstance(recipe, PretrainRecipe) and recipe.fused
+
+
+def _gathered(pushed: Tensor, num_kinds: int) -> Tensor:
+    """What all ranks push, (kinds * B, ...), kind after kind as one process has it."""
+    by_kind = pushed.reshape(num_kinds, -1, *pushed.shape[1:])
+    return distributed.concatenate(by_kind, dim=1).flatten(0, 1)
 
 
 def _with_hybrid(ordinary: Tensor, momentum: Tensor, lam: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """A batch of PCRL's views, and what was drawn for it.
 
-Everything follows from the recipe's seed and the step, each purpose with its own generator.
+Everything follows from the recipe's seed and the step, each purpose with its own generator. Numbers
+are drawn for the whole batch and shuffled, for the momentum encoder's groups; views are made for
+this rank's share of it.
 
 B batch, I J K voxels of the input size. In 2D views are (B, 3, I, J) and indicators 6 long.
 """
@@ -14,16 +16,18 @@ import torch
 from torch import Tensor
 
 from models.recipe import AnyPretrain, Pcrl, PretrainRecipe, PretrainRecipe2d
+from trainer import distributed
 from trainer.data import augment, augment2d, shuffle
 from trainer.data.images2d import ResidentImages, as_channels, draw_batch
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
-from trainer.randomness import generator
+from trainer.data.to_device import to_device
+from trainer.randomness import generator, take
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Two views of each sample, suffix o for the ordinary and m for the momentum encoder.
+    """Two views of each sample, in shuffled order; o is the ordinary, m the momentum encoder's.
 
     Attributes:
         clean_o: X_o^1, cropped, flipped and rotated, (B, 1, I, J, K) in network intensities.
@@ -34,9 +38,8 @@ class Views:
         indicators: vec(T) of the ordinary, momentum and hybrid encoder, (3, B, 7); the hybrid's is
             there only if it has a T of its own.
         mix: lambda of CrossMix, scalar, one for features and target.
-        order: Shuffle of the batch before the momentum encoder, (B,).
         mixup: lambda with which the batch is mixed with itself, scalar.
-        partner: Sample that each is mixed with, (B,).
+        partner: Sample of the same rank that each is mixed with, (B,).
     """
 
     clean_o: Tensor
@@ -46,7 +49,6 @@ class Views:
     scan: Tensor
     indicators: Tensor
     mix: Tensor
-    order: Tensor
     mixup: Tensor
     partner: Tensor
 
@@ -66,24 +68,22 @@ def make_views(
         step: From 1.
     """
     method, seed, batch = recipe.method, recipe.seed, recipe.batch_size
+    rows = distributed.share(torch.randperm(batch, generator=generator(seed, step, "order")))
     if isinstance(volumes, ResidentImages):
         assert isinstance(recipe, PretrainRecipe2d)
         device = volumes.pixels.device
-        clean, spoiled, scan = _pairs_of_images(recipe, volumes, step)
+        clean, spoiled, scan = _pairs_of_images(recipe, volumes, step, rows)
     else:
         assert isinstance(recipe, PretrainRecipe) and sampler is not None
-        device = volumes.flat.device
-        clean, spoiled, scan = _pairs_of_crops(recipe, volumes, sampler, step)
+        device = volumes.device
+        clean, spoiled, scan = _pairs_of_crops(recipe, volumes, sampler, step, rows)
     codes = generator(seed, step, "indicators")
     count = 3 if method.crossmix == "before_attention" else 2
     dims = recipe.network.dims
     indicators = torch.stack(
         [augment.draw_indicators(batch, codes, dims=dims) for _ in range(count)]
     )
-    order, partner = (
-        torch.randperm(batch, generator=generator(seed, step, purpose)).to(device)
-        for purpose in ("order", "partner")
-    )
+    partner = torch.randperm(len(rows), generator=generator(seed, step, "partner"))
     # Filled on the device, as a copy from the host would wait for it.
     mix, mixup = (
         torch.full((), draw_mix(method, generator(seed, step, purpose)), device=device)
@@ -94,12 +94,11 @@ def make_views(
         clean_m=clean[1],
         input_o=spoiled[0],
         input_m=spoiled[1],
-        scan=scan.to(device),
-        indicators=indicators.to(device),
+        scan=to_device(scan, device),
+        indicators=to_device(indicators[:, rows], device),
         mix=mix,
-        order=order,
         mixup=mixup,
-        partner=partner,
+        partner=to_device(partner, device),
     )
 
 
@@ -108,52 +107,60 @@ Pair = tuple[list[Tensor], list[Tensor], Tensor]
 
 
 def _pairs_of_crops(
-    recipe: PretrainRecipe, volumes: Resident, sampler: PairSampler, step: int
+    recipe: PretrainRecipe, volumes: Resident, sampler: PairSampler, step: int, rows: Tensor
 ) -> Pair:
     crops, seed, batch = recipe.crops, recipe.seed, recipe.batch_size
-    device = volumes.flat.device
-    pairs = sampler.draw(batch, generator(seed, step, "pairs"))
+    device = volumes.device
+    pairs = take(sampler.draw(batch, generator(seed, step, "pairs")), rows)
     shapes = generator(seed, step, "geometry")
+    geometries = [take(augment.draw_geometry(crops, batch, shapes), rows) for _ in range(2)]
     clean = [
-        augment.make_clean(volumes, crops, pairs, view, augment.draw_geometry(crops, batch, shapes))
-        for view in (0, 1)
+        augment.make_clean(volumes, crops, pairs, view, geometry)
+        for view, geometry in enumerate(geometries)
     ]
+    skip = distributed.num_before(batch)
     sharp = clean
     if crops.shuffle_probability > 0:
-        chosen = torch.rand(2, batch, generator=generator(seed, step, "shuffling"))
-        windows = generator(seed, step, "windows", device)
+        chosen = torch.rand(2, batch, generator=generator(seed, step, "shuffling"))[:, rows]
+        windows = generator(seed, step, f"windows {skip}", device)
         sharp = shuffle.shuffle_some(clean, chosen < crops.shuffle_probability, windows)
     painting = generator(seed, step, "painting")
-    noise = generator(seed, step, "noise", device)
     kind = augment.draw_painting(crops, batch, painting)
+    corruptions = [take(augment.draw_corruption(crops, kind, painting), rows) for _ in range(2)]
     spoiled = [
-        augment.corrupt(view, augment.draw_corruption(crops, kind, painting), noise)
-        for view in sharp
+        augment.corrupt(
+            view, corruption, generator(seed, step, f"noise {which}", device), skip=skip
+        )
+        for which, (view, corruption) in enumerate(zip(sharp, corruptions, strict=True))
     ]
     return clean, spoiled, pairs.volume
 
 
-def _pairs_of_images(recipe: PretrainRecipe2d, images: ResidentImages, step: int) -> Pair:
+def _pairs_of_images(
+    recipe: PretrainRecipe2d, images: ResidentImages, step: int, rows: Tensor
+) -> Pair:
     """Clean views are normalised as the input is: the 2D network's output has no activation."""
     crops, seed, batch = recipe.crops, recipe.seed, recipe.batch_size
     normalisation = recipe.preprocessing.normalisation
     num_images, _, side, _ = images.pixels.shape
-    index = draw_batch(num_images, batch, seed=seed, step=step)
+    device = images.pixels.device
+    index = draw_batch(num_images, batch, seed=seed, step=step)[rows]
     shapes = generator(seed, step, "geometry")
-    sharp = [
-        augment2d.make_clean(
-            images, crops, index, augment2d.draw_geometry(crops, side, batch, shapes)
-        )
-        for _ in range(2)
-    ]
+    geometries = [take(augment2d.draw_geometry(crops, side, batch, shapes), rows) for _ in range(2)]
+    sharp = [augment2d.make_clean(images, crops, index, geometry) for geometry in geometries]
     painting = generator(seed, step, "painting")
-    noise = generator(seed, step, "noise", images.pixels.device)
     outpainted = augment2d.draw_outpainting(crops, batch, painting)
+    corruptions = [augment2d.draw_corruption(crops, outpainted, painting) for _ in range(2)]
+    skip = distributed.num_before(batch)
     spoiled = [
         augment2d.corrupt(
-            view, augment2d.draw_corruption(crops, outpainted, painting), normalisation, noise
+            view,
+            corruption.of(rows),
+            normalisation,
+            generator(seed, step, f"noise {which}", device),
+            skip=skip,
         )
-        for view in sharp
+        for which, (view, corruption) in enumerate(zip(sharp, corruptions, strict=True))
     ]
     return [as_channels(view, normalisation) for view in sharp], spoiled, index
 
