@@ -16,7 +16,7 @@ from trainer.data.cache import Case, VolumeCache
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PairSampler
 from trainer.data.scans import ScanSet
-from trainer.errors import NonFiniteLossError, Preempted
+from trainer.errors import DataError, NonFiniteLossError, Preempted
 from trainer.folder import ShouldStop
 from trainer.methods import METHODS
 from trainer.report import Report
@@ -132,6 +132,10 @@ def cosine(base: float, step: int, num_steps: int) -> float:
 def _prepare(recipe: PretrainRecipe, scans: ScanSet, cache: Path, report: Report) -> list[Case]:
     store = VolumeCache(cache)
     chosen = scans.of("train")
+    if recipe.method.mask_same_scan and len(chosen) == 1:
+        raise DataError(
+            "one_scan", "with mask_same_scan one scan has no negatives: add scans or turn it off"
+        )
     cases = []
     for done, scan in enumerate(chosen, start=1):
         cases.append(store.image(scan, recipe.preprocessing))
