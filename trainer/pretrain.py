@@ -23,7 +23,7 @@ from trainer.data.images2d import ResidentImages, load_images
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PairSampler
 from trainer.data.scans import ScanSet
-from trainer.errors import NonFiniteLossError, Preempted
+from trainer.errors import DataError, NonFiniteLossError, Preempted
 from trainer.folder import ShouldStop
 from trainer.methods import METHODS
 from trainer.report import Report
@@ -153,6 +153,10 @@ def _load(
 ) -> tuple[Resident | ResidentImages, PairSampler | None, Tensor]:
     """What views are cut from, what says where, and real network input for the parity check."""
     chosen = scans.of("train")
+    if recipe.method.mask_same_scan and len(chosen) == 1:
+        raise DataError(
+            "one_scan", "with mask_same_scan one scan has no negatives: add scans or turn it off"
+        )
     if isinstance(recipe, PretrainRecipe2d):
         with distributed.first_then_others():
             images = load_images(chosen, recipe.preprocessing, cache, report, device)

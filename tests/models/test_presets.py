@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.presets import PRESETS
-from models.recipe import CropPairs, Pcrl, PretrainRecipe
+from models.recipe import CropPairs, Pcrl, PretrainRecipe, PretrainRecipe2d
 
 
 def recipe(preset: str = "paper", **method: Any) -> PretrainRecipe:
@@ -24,16 +24,18 @@ def test_nothing_given_is_the_paper() -> None:
 
 
 @pytest.mark.parametrize("preset", ["official", "recommended"])
-def test_a_preset_fills_in_method_crops_and_optimizer(preset: str) -> None:
-    filled = recipe(preset).model_dump()
-    plain = recipe("paper").model_dump()
+@pytest.mark.parametrize(("kind", "suffix"), [(PretrainRecipe, ""), (PretrainRecipe2d, "_2d")])
+def test_a_preset_fills_in_method_crops_and_optimizer(kind: Any, suffix: str, preset: str) -> None:
+    filled, plain = (
+        kind.model_validate({"method": {"preset": name}}).model_dump() for name in (preset, "paper")
+    )
 
-    sections = {"method": filled["method"], "crops": filled["crops"], "optimizer": filled}
-    of_paper = {"method": plain["method"], "crops": plain["crops"], "optimizer": plain}
-    for section, values in PRESETS[preset].items():
-        for name, value in values.items():
-            assert sections[section][name] == value, name
-            assert of_paper[section][name] != value, f"{name} repeats the paper's value"
+    for section in ("method", "crops", "optimizer"):
+        name_of = section if section == "method" else section + suffix
+        ours, papers = (r if section == "optimizer" else r[section] for r in (filled, plain))
+        for name, value in PRESETS[preset][name_of].items():
+            assert ours[name] == value, name
+            assert papers[name] != value, f"{name} repeats the paper's value"
     assert filled["method"]["temperature"] == plain["method"]["temperature"]
 
 

@@ -1,5 +1,6 @@
 """Every preset trains from scans, stops, and goes on bit for bit."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from models import bundle
 from models.recipe import PretrainRecipe
 from trainer import checkpoint, pretrain
 from trainer.data.scans import discover
-from trainer.errors import Preempted
+from trainer.errors import DataError, Preempted
 
 CPU = torch.device("cpu")
 FIELDS: dict[str, Any] = {
@@ -64,6 +65,26 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     differ = {name for name, value in whole.items() if not torch.equal(value, shorter[name])}
     assert {"queue.vectors", "queue.pointer", "queue.scans"} <= differ
     assert ("normaliser" in differ) == (preset == "official")
+
+
+def test_one_scan_whose_own_embeddings_are_no_negatives_is_refused(
+    scan_folder: Path, tmp_path: Path, report
+) -> None:
+    """The queue would hold nothing to contrast with, and the loss be 0."""
+    train_folder = tmp_path / "scans" / "train"
+    train_folder.mkdir(parents=True)
+    shutil.copy(scan_folder / "train" / "a_image.nii.gz", train_folder)
+
+    def train(asked: PretrainRecipe) -> None:
+        pretrain.run(
+            asked, discover(tmp_path / "scans"), tmp_path / asked.method.preset, report,
+            device=CPU, should_stop=lambda: True,
+        )  # fmt: skip
+
+    with pytest.raises(DataError, match="one_scan"):
+        train(recipe("recommended"))
+    with pytest.raises(Preempted):  # after its first step
+        train(recipe("paper"))
 
 
 def test_a_run_without_skips_publishes_its_encoder(
