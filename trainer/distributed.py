@@ -78,6 +78,11 @@ def share(x: Tensor) -> Tensor:
     return x.chunk(num_ranks())[dist.get_rank()]
 
 
+def num_before(batch_size: int) -> int:
+    """Rows of the whole batch that lower ranks have."""
+    return dist.get_rank() * (batch_size // num_ranks()) if num_ranks() > 1 else 0
+
+
 def concatenate(x: Tensor, dim: int = 0) -> Tensor:
     """What all ranks have, in their order, the same on each; carries no gradient."""
     if num_ranks() == 1:

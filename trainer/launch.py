@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from models.recipe import PretrainRecipe
+from models.recipe import AnyPretrain
 from trainer import errors
 from trainer.errors import DataError
 
@@ -60,7 +60,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
                 rank.wait()
 
 
-def choose(recipe: PretrainRecipe, asked: int) -> int:
+def choose(recipe: AnyPretrain, asked: int) -> int:
     """How many processes to start.
 
     Args:
@@ -80,7 +80,7 @@ def choose(recipe: PretrainRecipe, asked: int) -> int:
     return max(n for n in range(1, max(visible, 1) + 1) if _can_share(recipe, n))
 
 
-def check(recipe: PretrainRecipe, num_processes: int) -> None:
+def check(recipe: AnyPretrain, num_processes: int) -> None:
     """Refuse a number of processes between which a batch cannot be shared out evenly.
 
     Raises:
@@ -94,7 +94,7 @@ def check(recipe: PretrainRecipe, num_processes: int) -> None:
         )
 
 
-def _can_share(recipe: PretrainRecipe, num_processes: int) -> bool:
+def _can_share(recipe: AnyPretrain, num_processes: int) -> bool:
     groups = min(recipe.method.momentum_groups, recipe.batch_size // 2)
     return num_processes == 1 or (recipe.batch_size % groups == 0 and groups % num_processes == 0)
 

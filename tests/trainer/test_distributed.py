@@ -123,7 +123,7 @@ def test_two_ranks_under_torchrun_are_one_process_with_the_joined_batch(
     two = checkpoint.load_newest(folder / "two" / "checkpoints")
     assert two is not None and two["step"] == STEPS
     assert difference(two, state) < TOLERANCE
-    assert torch.equal(two["method"]["queue_pointer"], state["method"]["queue_pointer"])
+    assert torch.equal(two["method"]["queue.pointer"], state["method"]["queue.pointer"])
     assert two["fingerprint"].endswith("2 processes")
     assert sum(event["event"] == "result" for event in events) == 1
     assert (folder / "two" / "bundle" / "model.onnx").is_file()
@@ -159,6 +159,7 @@ def test_a_rank_makes_the_views_of_its_share_of_the_batch(
     sampler, method = PairSampler(small.crops, volumes.shapes), Pcrl(small)
     whole = method.make_views(volumes, sampler, 5)
     monkeypatch.setattr(distributed, "share", lambda x: x.chunk(2)[rank])
+    monkeypatch.setattr(distributed, "num_before", lambda batch: rank * batch // 2)
 
     part = method.make_views(volumes, sampler, 5)
 

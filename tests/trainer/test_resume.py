@@ -137,9 +137,10 @@ def of_rng(name: str) -> Callable[[State, State], None]:
     return lambda state, other: state["rng"].update({name: other["rng"][name]})
 
 
+VECTORS, POINTER = "queue.vectors", "queue.pointer"
 LEFT_OUT: dict[str, Callable[[State, State], None]] = {
-    "queue": lambda s, o: s["method"].update(queue=o["method"]["queue"]),
-    "queue pointer": lambda s, o: s["method"].update(queue_pointer=o["method"]["queue_pointer"]),
+    "queue": lambda s, o: s["method"].update({VECTORS: o["method"][VECTORS]}),
+    "queue pointer": lambda s, o: s["method"].update({POINTER: o["method"][POINTER]}),
     "student encoder": named("student.encoder.", buffers=False),
     "student encoder's statistics": named("student.encoder.", buffers=True),
     "decoder": named("student.decoder.", buffers=False),

@@ -91,11 +91,13 @@ class Resident:
         shape = self.shapes[volume]  # (B, 3)
         stride_i = shape[:, 1] * shape[:, 2]
         stride_j = shape[:, 2]
-        i, j, k = (start[:, a, None] + torch.arange(size[a]) for a in range(3))  # (B, size)
+        i, j = (start[:, a, None] + torch.arange(size[a]) for a in range(2))  # (B, size)
         row = self.offsets[volume, None] + i * stride_i[:, None]  # (B, I)
         line = row[:, :, None] + (j * stride_j[:, None])[:, None, :]  # (B, I, J)
-        at = self.flat.device
-        crops = self.flat[to_device(line, at)[..., None] + to_device(k, at)[:, None, None, :]]
+        first = to_device(line + start[:, 2, None, None], self.flat.device)
+        # One index a line of K voxels: an index a voxel took ten times as long on a CPU.
+        lines = self.flat.unfold(0, size[2], 1)
+        crops = lines.index_select(0, first.reshape(-1)).reshape(len(start), *size)
         return to_device(crops, self.device)
 
 
