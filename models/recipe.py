@@ -139,8 +139,9 @@ class ResNetUNet2d(Part):
     kind: Literal["resnet18_unet2d"] = "resnet18_unet2d"
     in_channels: Literal[3] = 3
     """Grey images are repeated, so that ImageNet's weights fit."""
-    width: Annotated[int, Field(ge=4, le=128, multiple_of=4)] = 64
-    """Channels of the first convolution; P: 64. The bottleneck has 8 times as many."""
+    width: Annotated[int, Field(ge=8, le=128, multiple_of=4)] = 64
+    """Channels of the first convolution; P: 64. The bottleneck has 8 times as many. At 4, torch
+    2.13's backward pass of a 1x1 convolution of stride 2 corrupts memory (CPU, channels last)."""
 
     @property
     def dims(self) -> Literal[2, 3]:

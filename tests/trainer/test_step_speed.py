@@ -35,7 +35,7 @@ def make(
 RECIPES = {
     2: lambda preset: PretrainRecipe2d.model_validate(
         {
-            "network": {"kind": "resnet18_unet2d", "width": 4},
+            "network": {"kind": "resnet18_unet2d", "width": 8},
             "preprocessing": {"size": 64},
             "crops": {"input_size": 64, "cutout_size": 8},
             "method": {"preset": preset, "embedding_size": 8, "queue_size": 40},
