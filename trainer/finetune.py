@@ -23,7 +23,6 @@ from trainer.report import Report
 from trainer.segmentation import Segmentation
 from trainer.task import Setting, Task
 
-
 TASKS: dict[str, Callable[[Any, Setting], Task]] = {
     "finetune": Segmentation,
     "classify": Classification,
