@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from models.bundle import BundleError
-from models.recipe import AnyRecipe, PretrainRecipe, Recipe
+from models.recipe import AnyRecipe, PretrainRecipe, PretrainRecipe2d, Recipe
 from trainer import errors
 from trainer.errors import DataError, TrainingError
 from trainer.report import Human, JsonLines, Report
@@ -114,14 +114,15 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
         return
     device = _device(args.device)
     assert recipe is not None
-    if isinstance(recipe, PretrainRecipe):
-        scans = discover(args.scans)
+    dims = recipe.network.dims
+    if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
+        scans = discover(args.scans, dims=dims)
         pretrain.run(
             recipe, scans, args.out, report,
             device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
         )  # fmt: skip
     else:
-        scans = discover(args.scans, channels=recipe.channels, shares=recipe.split)
+        scans = discover(args.scans, channels=recipe.channels, shares=recipe.split, dims=dims)
         finetune.run(
             recipe, scans, args.out, report,
             device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
@@ -142,7 +143,9 @@ def read_recipe(path: Path, command: str) -> AnyRecipe:
         raise DataError("bad_recipe", "the recipe file does not exist") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"] if part not in kinds)
+        field = ".".join(
+            str(part) for part in first["loc"] if part not in (*kinds, "pretrain_2d", "classify_2d")
+        )
         raise DataError("bad_recipe", f"{field or 'recipe'}: {first['msg']}") from error
     if recipe.kind not in kinds:
         expected = " or ".join(kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.bundle import Manifest
-from models.recipe import Window
+from models.recipe import OwnRange, Preprocessing2d, UNet3d, Window
 
 
 def card_text(manifest: Manifest) -> str:
@@ -27,15 +27,21 @@ def card_text(manifest: Manifest) -> str:
 
 
 def _title(manifest: Manifest) -> str:
-    width = manifest.recipe.network.base_width
+    network = manifest.recipe.network
+    if isinstance(network, UNet3d):
+        made = f"3D U-Net, base width {network.base_width}"
+    else:
+        made = f"2D U-Net on a ResNet-18, width {network.width}"
     if manifest.kind == "encoder":
-        return f"Encoder: 3D U-Net, base width {width}, pretrained with PCRL"
+        return f"Encoder: {made}, pretrained with PCRL"
     what = "Classifier" if manifest.kind == "classifier" else "Segmenter"
-    return f"{what} of {', '.join(manifest.labels)}: 3D U-Net, base width {width}"
+    return f"{what} of {', '.join(manifest.labels)}: {made}"
 
 
 def _input_lines(manifest: Manifest) -> list[str]:
     spec = manifest.preprocessing
+    if isinstance(spec, Preprocessing2d):
+        return _image_lines(spec, manifest)
     spacing = " x ".join(f"{size:g}" for size in spec.spacing_mm)
     if isinstance(spec.intensity, Window):
         low, high = spec.intensity.low_hu, spec.intensity.high_hu
@@ -45,15 +51,41 @@ def _input_lines(manifest: Manifest) -> list[str]:
     patch = " x ".join(str(size) for size in manifest.patch_size)
     num_channels = len(manifest.channels)
     read = f" ({', '.join(manifest.channels)})" if num_channels > 1 else ""
-    makes = "" if manifest.kind == "encoder" else f"; {manifest.activation} makes probabilities"
     return [
         "## Input and output",
         "",
         f"- Volume in {spec.orientation}+ at {spacing} mm; intensities {scale}.",
         f"- `image` (batch, {num_channels}, I, J, K){read}, patches of {patch} voxels; "
         "I, J, K multiples of 8.",
-        f"- `{manifest.outputs[0].name}` {list(manifest.outputs[0].shape)}{makes}.",
+        _output_line(manifest),
     ]
+
+
+def _image_lines(spec: Preprocessing2d, manifest: Manifest) -> list[str]:
+    if isinstance(spec.intensity, OwnRange):
+        limits = "each image's own range"
+    else:
+        limits = f"percentiles {spec.intensity.low:g} to {spec.intensity.high:g} of each image"
+    scale = f"{limits} scaled to 0..1"
+    if spec.normalisation is not None:
+        means, deviations = (
+            ", ".join(f"{value:g}" for value in values)
+            for values in (spec.normalisation.mean, spec.normalisation.std)
+        )
+        scale += f", then means {means} taken off and divided by {deviations}"
+    return [
+        "## Input and output",
+        "",
+        f"- Grey 2D image stretched to {spec.size} x {spec.size} pixels; {scale}.",
+        "- `image` (batch, 3, rows, columns), the grey image three times; rows and columns "
+        "multiples of 32.",
+        _output_line(manifest),
+    ]
+
+
+def _output_line(manifest: Manifest) -> str:
+    makes = "" if manifest.kind == "encoder" else f"; {manifest.activation} makes probabilities"
+    return f"- `{manifest.outputs[0].name}` {list(manifest.outputs[0].shape)}{makes}."
 
 
 def _result_lines(manifest: Manifest) -> list[str]:

@@ -1,4 +1,4 @@
-"""Fine-tuning to classify: places in scans, or whole scans, judged by AUC over all of a split.
+"""Fine-tuning to classify: places in scans, whole scans or 2D images, judged by AUC.
 
 Training may draw examples in balance; validation and test take them as they are, once each.
 
@@ -7,29 +7,77 @@ B batch, N examples, L labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
-from models.recipe import ClassifyRecipe
+from models.recipe import AnyClassify, ClassifyRecipe, ClassifyRecipe2d
 from trainer.data import cases
-from trainer.data.cache import VolumeCache
-from trainer.data.examples import ExampleCase, Examples, ExampleSampler, truth_of, voxel_of
-from trainer.data.patches import flipped, turned
-from trainer.data.scan_set import SPLITS, ScanFile, Split
+from trainer.data.examples import Batches, VolumeSource, truth_of
+from trainer.data.examples2d import ImageSource
+from trainer.data.scan_set import SPLITS, Example, ScanFile, Split
 from trainer.errors import DataError
 from trainer.folder import Metrics
 from trainer.losses import multi_label_loss
 from trainer.metrics import auc, average_precision
-from trainer.randomness import generator
+from trainer.report import Report
 from trainer.task import Setting
 
 LEAST_MEMBERS = 2
 """Examples with, and without, a label that training needs; of one alone nothing is learnt."""
 
 
+class Case(Protocol):
+    """A scan that was read."""
+
+    @property
+    def id(self) -> str:
+        """The scan's."""
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """What is known of it."""
+
+
+class Examples(Protocol):
+    """The examples of one split on the device."""
+
+    @property
+    def truth(self) -> Tensor:
+        """1 or 0, NaN where it is not known, float32 (N, L)."""
+
+    def inputs(self, index: Tensor) -> Tensor:
+        """Network input (B, C, ...) of the examples `index` (B,), as they are judged."""
+
+
+class Source(Protocol):
+    """How examples are read, laid out and drawn; `SOURCES` has one for each form of scan."""
+
+    def read(self, scan: ScanFile) -> Case:
+        """Read one scan; raises `DataError` with its id."""
+
+    def check(self, cases: Sequence[Any], report: Report) -> None:
+        """Refuse cases that cannot be laid out."""
+
+    def lay_out(self, cases: Sequence[Any]) -> Examples:
+        """Put the cases of one split on the device."""
+
+    def batches(self, examples: Any) -> Batches:
+        """What makes the training batch of a step."""
+
+
+SOURCES: dict[type[AnyClassify], Callable[[Any, Path, torch.device], Source]] = {
+    ClassifyRecipe: VolumeSource,
+    ClassifyRecipe2d: ImageSource,
+}
+
+
 class Classification:
-    """The task of a `ClassifyRecipe`; see `trainer.task`.
+    """The task of a `ClassifyRecipe` or `ClassifyRecipe2d`; see `trainer.task`.
 
     Raises:
         DataError: Scans or examples that cannot be trained on.
@@ -37,40 +85,34 @@ class Classification:
 
     score = "auc_mean"
 
-    def __init__(self, recipe: ClassifyRecipe, setting: Setting) -> None:
-        store = VolumeCache(setting.cache)
+    def __init__(self, recipe: AnyClassify, setting: Setting) -> None:
         self._recipe, self._network = recipe, setting.network
         self._device, self._report = setting.device, setting.report
-
-        def read(scan: ScanFile) -> ExampleCase:
-            channels = store.channels(scan, recipe.preprocessing, recipe.channels)
-            return ExampleCase(scan.id, channels, scan.examples)
-
+        self._source = SOURCES[type(recipe)](recipe, setting.cache, setting.device)
         self._cases = cases.read_all(
-            setting.scans, read, lambda scan: bool(scan.examples), setting.report
+            setting.scans, self._source.read, lambda scan: bool(scan.examples), setting.report
         )
         self.judged_on: Split = "val" if self._cases["val"] else "train"
-        self._check_places()
+        every_case = [case for split in SPLITS for case in self._cases[split]]
+        self._source.check(every_case, setting.report)
         self._check_labels()
         self._loaded: tuple[Split, Examples] | None = None
-        self._train = Examples.of(self._cases["train"], recipe, setting.device)
-        self._sampler = ExampleSampler(self._train.truth, recipe)
+        self._train = self._source.lay_out(self._cases["train"])
+        self._batches = self._source.batches(self._train)
 
     def has(self, split: Split) -> bool:
         """Whether there are examples to judge on."""
         return bool(self._cases[split])
 
     def sample(self) -> Tensor:
-        """Real network input for the parity check, float16 (1, C, I, J, K)."""
+        """Real network input for the parity check, float16 (1, C, ...)."""
         return self._examples(self.judged_on).inputs(torch.tensor([0])).half().cpu()
 
     def loss(self, step: int) -> Tensor:
         """Of one batch of examples; the batch follows from the seed and the step."""
         recipe = self._recipe
-        random = generator(recipe.seed, step, "examples")
-        draw = self._sampler.draw(recipe.batch_size, step, random)
-        image = turned(flipped(self._train.inputs(draw.index), draw.flips), draw.turns)
-        truth = self._train.truth[draw.index].to(self._device)  # (B, L)
+        index, image = self._batches(step)
+        truth = self._train.truth[index].to(self._device)  # (B, L)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             logits: Tensor = self._network(image)
         if recipe.exclusive:
@@ -119,20 +161,8 @@ class Classification:
             return self._train
         if self._loaded is None or self._loaded[0] != split:
             self._loaded = None
-            self._loaded = split, Examples.of(self._cases[split], self._recipe, self._device)
+            self._loaded = split, self._source.lay_out(self._cases[split])
         return self._loaded[1]
-
-    def _check_places(self) -> None:
-        """Every place lies in its scan, in the splits that are laid out later too."""
-        if self._recipe.crop == "whole":
-            return
-        every_case = [case for split in SPLITS for case in self._cases[split]]
-        cases.check_extents(
-            [case.channels[0] for case in every_case], self._recipe.input_size, self._report
-        )
-        for case in every_case:
-            for example in case.examples:
-                voxel_of(example.centre_mm, case.channels[0].grid, case.id)
 
     def _check_labels(self) -> None:
         """Training has some of each class, and what judges has both classes of some label."""

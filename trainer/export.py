@@ -20,8 +20,22 @@ from torch import Tensor, nn
 
 from models import bundle
 from models.bundle import Lineage, Manifest, Metric, Parity, TensorSpec
-from models.networks.unet3d import STRIDE, UNet3d, UNet3dEncoder, fold, pooled
-from models.recipe import AnyRecipe, ClassifyRecipe, FinetuneRecipe, PretrainRecipe, Recipe
+from models.networks import resnet_unet2d, unet3d
+from models.networks.resnet_unet2d import ResNet18Encoder, ResNetUNet2d
+from models.networks.unet3d import UNet3d, UNet3dEncoder, fold, pooled
+from models.recipe import (
+    AnyClassify,
+    AnyPretrain,
+    AnyRecipe,
+    ClassifyRecipe,
+    ClassifyRecipe2d,
+    FinetuneRecipe,
+    PretrainRecipe,
+    PretrainRecipe2d,
+    Recipe,
+    Size,
+    Size2d,
+)
 from trainer.build import build, norm_of, num_outputs
 from trainer.card import card_text
 from trainer.checkpoint import State
@@ -35,18 +49,22 @@ MIN_AGREEMENT = 0.9999
 """Of the argmax of logits, and the cosine of embeddings."""
 
 _RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
-_AXES = ("i8", "j8", "k8")
+STRIDES = {2: resnet_unet2d.STRIDE, 3: unet3d.STRIDE}
+"""Pixels or voxels of which every extent is a multiple, by the network's axes."""
+AXES = {2: ("r32", "c32"), 3: ("i8", "j8", "k8")}
+"""Free dimensions of the ONNX file: the extents divided by that."""
+_COLOURS = ("red", "green", "blue")
 
 
 class PooledEncoder(nn.Module):
     """The served embedding: the bottleneck pooled, before any head."""
 
-    def __init__(self, encoder: UNet3dEncoder) -> None:
+    def __init__(self, encoder: UNet3dEncoder | ResNet18Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 1, I, J, K) to (B, 16 W), not normalised."""
+        """(B, 1, I, J, K) to (B, 16 W), or (B, 3, I, J) to (B, 8 W); not normalised."""
         return pooled(self.encoder(image).bottleneck)
 
 
@@ -67,8 +85,8 @@ def publish(state: State, folder: Path, report: Report) -> Path:
     recipe = _RECIPE.validate_json(state["recipe"])
     network = restore(state, recipe)
     served = network
-    if isinstance(recipe, PretrainRecipe):
-        assert isinstance(network, UNet3d)
+    if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
+        assert isinstance(network, UNet3d | ResNetUNet2d)
         served = PooledEncoder(network.encoder)
     served.eval()
     written = fold(served) if isinstance(served, UNet3d) else served
@@ -77,8 +95,7 @@ def publish(state: State, folder: Path, report: Report) -> Path:
     report.progress("export", 0, 1)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
         model = Path(scratch) / bundle.MODEL
-        num_channels = len(manifest.channels)
-        to_onnx(written, model, manifest.outputs[0].name, _facts(manifest, state), num_channels)
+        to_onnx(written, model, manifest, _facts(manifest, state))
         parity = check_parity(served, model, state["sample"].float(), manifest)
         manifest = manifest.model_copy(update={"parity": parity})
         weights = Path(scratch) / bundle.WEIGHTS
@@ -95,7 +112,7 @@ def publish(state: State, folder: Path, report: Report) -> Path:
 def restore(state: State, recipe: AnyRecipe) -> nn.Module:
     """The checkpoint's network on the host, unfused: what parity is judged against."""
     network = build(recipe, fused=False)
-    if isinstance(recipe, PretrainRecipe):
+    if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
         prefix = "student."
         method: dict[str, Tensor] = state["method"]
         weights = {k.removeprefix(prefix): v for k, v in method.items() if k.startswith(prefix)}
@@ -105,22 +122,24 @@ def restore(state: State, recipe: AnyRecipe) -> nn.Module:
     return network
 
 
-def to_onnx(
-    network: nn.Module, path: Path, output: str, facts: dict[str, str], num_channels: int = 1
-) -> None:
+def to_onnx(network: nn.Module, path: Path, manifest: Manifest, facts: dict[str, str]) -> None:
     """Write a network as one ONNX file with free batch and spatial dimensions.
 
     Args:
-        network: Takes (B, C, I, J, K), in eval mode.
+        network: Takes (B, C, I, J, K) or (B, C, I, J), in eval mode.
         path: The file to write.
-        output: Name of the output.
+        manifest: Says what it takes and gives.
         facts: Go into the model's metadata.
-        num_channels: Of the image, C.
     """
+    num_axes = len(manifest.patch_size)
+    stride = STRIDES[num_axes]
     # Batch 2: the exporter may freeze a dimension of size 1.
-    example = torch.zeros(2, num_channels, 4 * STRIDE, 3 * STRIDE, 2 * STRIDE)
+    extents = (4 * stride, 3 * stride, 2 * stride)[:num_axes]
+    example = torch.zeros(2, len(manifest.channels), *extents)
     dims = {0: torch.export.Dim("batch")}
-    dims |= {axis: torch.export.Dim(name) * STRIDE for axis, name in enumerate(_AXES, start=2)}
+    dims |= {
+        axis: torch.export.Dim(name) * stride for axis, name in enumerate(AXES[num_axes], start=2)
+    }
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own deprecations are not ours to fix
@@ -130,7 +149,7 @@ def to_onnx(
             dynamo=True,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=[output],
+            output_names=[manifest.outputs[0].name],
             dynamic_shapes=(dims,),
             external_data=False,
             verbose=False,
@@ -162,7 +181,8 @@ def check_parity(
     Raises:
         ParityError: Beyond the tolerance.
     """
-    extents = (2 * STRIDE, 3 * STRIDE, 4 * STRIDE)
+    num_axes = len(manifest.patch_size)
+    extents = [times * STRIDES[num_axes] for times in (2, 3, 4)[:num_axes]]
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(3, len(manifest.channels), *extents, generator=generator)
     options = onnxruntime.SessionOptions()
@@ -219,7 +239,8 @@ def _compare(
 
 
 def _describe(state: State, recipe: AnyRecipe) -> Manifest:
-    spatial = tuple(f"{STRIDE}*{name}" for name in _AXES)
+    num_axes = recipe.network.dims
+    spatial = tuple(f"{STRIDES[num_axes]}*{name}" for name in AXES[num_axes])
     lineage = Lineage(
         run_id=state["run_id"] or None,
         dataset_digest=state["data_digest"],
@@ -231,21 +252,21 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
         code_version=_code_version(),
         torch_version=torch.__version__,
     )
-    channels: tuple[str, ...] = ("image",)
+    channels: tuple[str, ...] = ("image",) if num_axes == 3 else _COLOURS
     labels: tuple[str, ...] = ()
     overlap, activation = 0.5, "softmax"
     match recipe:
-        case PretrainRecipe():
-            kind, patch = "encoder", recipe.crops.input_size
-            output = TensorSpec(name="embedding", shape=("batch", 16 * recipe.network.base_width))
+        case PretrainRecipe() | PretrainRecipe2d():
+            kind, patch = "encoder", _patch_of(recipe)
+            output = TensorSpec(name="embedding", shape=("batch", recipe.network.num_features))
         case FinetuneRecipe():
             kind, labels, patch = "segmenter", recipe.targets, recipe.patch_size
             overlap, channels = recipe.overlap, recipe.channels
             activation = "softmax" if recipe.labels else "sigmoid"
             output = TensorSpec(name="logits", shape=("batch", num_outputs(recipe), *spatial))
-        case ClassifyRecipe():
-            kind, labels, patch = "classifier", recipe.labels, recipe.input_size
-            channels = recipe.channels
+        case ClassifyRecipe() | ClassifyRecipe2d():
+            kind, labels, patch = "classifier", recipe.labels, _patch_of(recipe)
+            channels = recipe.channels if isinstance(recipe, ClassifyRecipe) else _COLOURS
             activation = "softmax" if recipe.exclusive else "sigmoid"
             output = TensorSpec(name="logits", shape=("batch", num_outputs(recipe)))
     metrics = {
@@ -269,11 +290,22 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
     )
 
 
+def _patch_of(recipe: AnyPretrain | AnyClassify) -> Size | Size2d:
+    """What is served at once: a crop, a cube, or a whole 2D image."""
+    match recipe:
+        case PretrainRecipe():
+            return recipe.crops.input_size
+        case ClassifyRecipe():
+            return recipe.input_size
+        case _:
+            return recipe.preprocessing.size, recipe.preprocessing.size
+
+
 def _facts(manifest: Manifest, state: State) -> dict[str, str]:
     """What the ONNX file says of itself: what a session checks, and where it comes from."""
     return {
         **bundle.onnx_metadata(manifest),
-        "stride": str(STRIDE),
+        "stride": str(STRIDES[len(manifest.patch_size)]),
         "run_id": manifest.lineage.run_id or "",
         "dataset_digest": manifest.lineage.dataset_digest,
         "recipe_digest": state["recipe_digest"],

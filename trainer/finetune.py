@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.recipe import ClassifyRecipe, FinetuneRecipe
+from models.recipe import AnyClassify, FinetuneRecipe
 from trainer import checkpoint, export, folder, transfer
-from trainer.build import build
+from trainer.build import build, lay_out
 from trainer.checkpoint import State
 from trainer.classification import Classification
 from trainer.data.scan_set import ScanSet
@@ -31,7 +31,7 @@ TASKS: dict[str, Callable[[Any, Setting], Task]] = {
 
 
 def run(
-    recipe: FinetuneRecipe | ClassifyRecipe,
+    recipe: FinetuneRecipe | AnyClassify,
     scans: ScanSet,
     out: Path,
     report: Report,
@@ -70,7 +70,8 @@ def run(
     torch.manual_seed(recipe.seed)
     network = build(recipe, fused=isinstance(recipe, FinetuneRecipe) and recipe.fused)
     origin = _start_from(network, parent, recipe, report)
-    network.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    network.to(device)
+    lay_out(network)
     network.train()
     setting = Setting(network, scans, cache or out / folder.CACHE, report, device)
     task = TASKS[recipe.kind](recipe, setting)
@@ -146,7 +147,7 @@ def run(
 def _start_from(
     network: nn.Module,
     parent: Path | None,
-    recipe: FinetuneRecipe | ClassifyRecipe,
+    recipe: FinetuneRecipe | AnyClassify,
     report: Report,
 ) -> State:
     """Load the parent; what goes into the lineage."""
@@ -169,7 +170,7 @@ def _start_from(
     }
 
 
-def _learning_rate(recipe: FinetuneRecipe | ClassifyRecipe, step: int) -> float:
+def _learning_rate(recipe: FinetuneRecipe | AnyClassify, step: int) -> float:
     if recipe.schedule == "cosine":
         return cosine(recipe.learning_rate, step - 1, recipe.num_steps)
     return recipe.learning_rate

@@ -39,7 +39,7 @@ class Task(Protocol):
         """Whether there is something to judge on."""
 
     def sample(self) -> Tensor:
-        """Real network input for the parity check, float16 (1, C, I, J, K)."""
+        """Real network input for the parity check, float16 (1, C, ...)."""
 
     def loss(self, step: int) -> Tensor:
         """Of one batch, with its gradient; follows from the seed and the step."""

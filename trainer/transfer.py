@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models import bundle
 from models.bundle import BundleError, Manifest
-from models.recipe import ClassifyRecipe, FinetuneRecipe
+from models.recipe import AnyClassify, FinetuneRecipe
 from trainer.build import STEMS
 from trainer.errors import DataError
 
@@ -36,9 +36,7 @@ class Transfer:
     inflated: tuple[str, ...] = ()
 
 
-def load_parent(
-    network: nn.Module, parent: Path, recipe: FinetuneRecipe | ClassifyRecipe
-) -> Transfer:
+def load_parent(network: nn.Module, parent: Path, recipe: FinetuneRecipe | AnyClassify) -> Transfer:
     """Start a network from a bundle.
 
     The affine of each batch norm becomes the affine of the group norm in its place; running
@@ -122,9 +120,9 @@ def take(network: nn.Module, weights: dict[str, Tensor]) -> list[str]:
     return sorted(loaded)
 
 
-def _wanted(manifest: Manifest, recipe: FinetuneRecipe | ClassifyRecipe) -> tuple[str, ...]:
+def _wanted(manifest: Manifest, recipe: FinetuneRecipe | AnyClassify) -> tuple[str, ...]:
     """Prefixes of the parent's keys to take."""
-    if isinstance(recipe, ClassifyRecipe):
+    if not isinstance(recipe, FinetuneRecipe):
         is_same = manifest.kind == "classifier" and manifest.labels == recipe.labels
         return ("encoder.", "head.") if is_same else ("encoder.",)
     if recipe.transfer == "encoder":

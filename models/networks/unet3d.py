@@ -88,12 +88,14 @@ class SkipResponses(NamedTuple):
 class UNet3dDecoder(nn.Module):
     """Three levels of transposed convolution, concatenation with the skip, two convolutions."""
 
-    def __init__(self, base_width: int = 32, norm: Norm = "batch", *, fused: bool = True) -> None:
+    def __init__(
+        self, base_width: int = 32, norm: Norm = "batch", *, fused: bool = True, skip: bool = True
+    ) -> None:
         super().__init__()
         w = base_width
-        self.up256 = _UpLevel(16 * w, 8 * w, norm, fused=fused)
-        self.up128 = _UpLevel(8 * w, 4 * w, norm, fused=fused)
-        self.up64 = _UpLevel(4 * w, 2 * w, norm, fused=fused)
+        self.up256 = _UpLevel(16 * w, 8 * w, norm, fused=fused, skip=skip)
+        self.up128 = _UpLevel(8 * w, 4 * w, norm, fused=fused, skip=skip)
+        self.up64 = _UpLevel(4 * w, 2 * w, norm, fused=fused, skip=skip)
 
     def forward(self, features: Features) -> Tensor:
         """Decode to the resolution of the image, (B, 2W, I, J, K)."""
@@ -126,6 +128,8 @@ class UNet3d(nn.Module):
         base_width: Channels of the first convolution, W.
         norm: Batch norm (pretraining) or group norm (fine-tuning).
         fused: Whether the decoder computes its up-convolutions fused; changes no parameter.
+        skip: Whether the decoder sees the encoder's skips. Without, the first convolution of each
+            level reads the doubled tensor alone and is that much smaller.
     """
 
     def __init__(
@@ -136,10 +140,11 @@ class UNet3d(nn.Module):
         norm: Norm = "batch",
         *,
         fused: bool = True,
+        skip: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = UNet3dEncoder(in_channels, base_width, norm)
-        self.decoder = UNet3dDecoder(base_width, norm, fused=fused)
+        self.decoder = UNet3dDecoder(base_width, norm, fused=fused, skip=skip)
         self.out = nn.Conv3d(2 * base_width, out_channels, kernel_size=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -195,25 +200,35 @@ class _Level(nn.Module):
 
 
 class _UpLevel(nn.Module):
-    """Double, join with the skip, convolve twice.
+    """Double, join with the skip if the decoder has skips, convolve twice.
 
     Attributes:
         form: How the fused doubling is computed.
     """
 
     def __init__(
-        self, in_channels: int, skip_channels: int, norm: Norm, *, fused: bool = True
+        self,
+        in_channels: int,
+        skip_channels: int,
+        norm: Norm,
+        *,
+        fused: bool = True,
+        skip: bool = True,
     ) -> None:
         super().__init__()
+        joined_channels = in_channels + skip_channels if skip else in_channels
         self.up = nn.ConvTranspose3d(in_channels, in_channels, kernel_size=2, stride=2)
-        self.convs = _Level(in_channels + skip_channels, skip_channels, skip_channels, norm)
+        self.convs = _Level(joined_channels, skip_channels, skip_channels, norm)
         self.fused = fused
+        self.skip = skip
         self.form: Form = "transposed"
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         if self.fused:
-            return self.finish(x, self.skip_response(skip))
-        out: Tensor = self.convs(torch.cat([self.up(x), skip], dim=1))
+            return self.finish(x, self.skip_response(skip) if self.skip else None)
+        doubled = self.up(x)
+        joined = torch.cat([doubled, skip], dim=1) if self.skip else doubled
+        out: Tensor = self.convs(joined)
         return out
 
     def skip_response(self, skip: Tensor) -> Tensor:
@@ -221,10 +236,12 @@ class _UpLevel(nn.Module):
         _, of_skip = self._halves()
         return F.conv3d(skip, of_skip, padding=1)
 
-    def finish(self, x: Tensor, response: Tensor) -> Tensor:
-        """The level's output, given the skip's response."""
+    def finish(self, x: Tensor, response: Tensor | None) -> Tensor:
+        """The level's output, given the skip's response; None without skips."""
         kernel, bias = self._fused_kernels()
-        joined = fused_up.fused_up(x, kernel, bias, self.form) + response
+        joined = fused_up.fused_up(x, kernel, bias, self.form)
+        if response is not None:
+            joined = joined + response
         conv_bias = self.convs.first.conv.bias
         assert conv_bias is not None
         joined = joined + conv_bias.to(joined.dtype)[:, None, None, None]
@@ -255,7 +272,7 @@ class _FoldedUpLevel(_UpLevel):
 
     def __init__(self, level: _UpLevel, form: Form) -> None:
         nn.Module.__init__(self)
-        self.form, self.fused = form, True
+        self.form, self.fused, self.skip = form, True, level.skip
         self.convs = level.convs
         level.form = form
         with torch.no_grad():

@@ -43,6 +43,7 @@ def work_of(
         volume = volumes.get(session, ask.volume_id, kind="image")
         version = registry.resolve(session, ask.model)
         require_kind(version, model_kind)
+        _require_volumes(version)
         _require_one_label_a_voxel(version)
         model = {
             "name": version.model_name,
@@ -55,6 +56,16 @@ def work_of(
         return answers.accepted(run, collection, view)
 
     return work
+
+
+def _require_volumes(version: db.ModelVersion) -> None:
+    """Refuse a model of 2D images: a scan here is a volume."""
+    if len(version.manifest["patch_size"]) != 3:
+        raise ServiceError(
+            422,
+            "wrong_model_kind",
+            f"{version.model_name}/{version.version} reads 2D images, and a scan is a volume",
+        )
 
 
 def _require_one_label_a_voxel(version: db.ModelVersion) -> None:

@@ -110,8 +110,8 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_an_uninterrupted_one(
 
 NORM = "momentum_encoder.down64.first.norm"
 MUTATIONS = {
-    "queue": lambda s: s["method"]["queue"].copy_(s["method"]["queue"].flip(0)),
-    "queue pointer": lambda s: s["method"]["queue_pointer"].add_(1),
+    "queue": lambda s: s["method"]["queue.vectors"].copy_(s["method"]["queue.vectors"].flip(0)),
+    "queue pointer": lambda s: s["method"]["queue.pointer"].add_(1),
     "student": lambda s: s["method"]["student.decoder.up64.up.weight"].mul_(1.001),
     "running mean": lambda s: s["method"]["student.encoder.down64.first.norm.running_mean"].zero_(),
     "attention": lambda s: s["method"]["attention.post_conv.weight"].mul_(1.001),

@@ -1,23 +1,31 @@
 """Views from crops: the numbers are drawn first, then applied to the whole batch on the device.
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
-plane (one 2D interpolation with the slices as channels). The corrupted view is the clean one
-painted (boolean boxes) and blurred (one matrix an axis), in the order in which the paper lists
-them. The blur has its own matrices because the clean view, the target, must not have it.
+plane (one 2D interpolation with the slices as channels), or about all axes with a scaling (one 3D
+interpolation). The corrupted view is the clean one painted (boolean boxes) and blurred (one matrix
+an axis), in the order in which the paper lists them. The blur has its own matrices because the
+clean view, the target, must not have it.
+
+Clean views are indexed (B, 1, I, J, K) but lie in memory slice after slice, K before I and J: the
+rotation and the products along the axes need no copy then.
 
 B batch, I J K voxels of the input size, N boxes, n m voxels along an axis.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
 from models.recipe import CropPairs
+from trainer.data import affine
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import Pairs
 
@@ -28,13 +36,23 @@ TRUNCATE = 4.0
 
 NONE, INPAINT, OUTPAINT = 0, 1, 2
 
+AT_ONCE = 4
+"""Views that a CPU makes at once; memory for more is fetched from the system every time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How clean views are made: flips bool (B, 3), angle in radians (B,)."""
+    """How clean views are made.
+
+    Attributes:
+        flips: Along I, J, K, bool (B, 3).
+        angles: About I, J and K in radians, (B, 3); those about I and J only for `rotation` all.
+        scales: Of the content along I, J, K, (B, 3).
+    """
 
     flips: Tensor
-    angle: Tensor
+    angles: Tensor
+    scales: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +71,24 @@ class Corruption:
     box_size: Tensor
     blur_sigma: Tensor
 
+    def part(self, at: slice) -> Corruption:
+        """The same for part of the batch."""
+        fields = (self.painting, self.box_start, self.box_size, self.blur_sigma)
+        return Corruption(*(field[at] for field in fields))
+
 
 def draw_geometry(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Geometry:
-    """Flips of all three axes and a rotation in the IJ plane."""
+    """Flips, a rotation and a scaling (rows 29 and 30)."""
     flips = torch.rand(batch_size, 3, generator=random) < recipe.flip_probability
-    turn = 2 * torch.rand(batch_size, generator=random) - 1
-    return Geometry(flips, turn * math.radians(recipe.max_rotation_deg))
+    turn = 2 * torch.rand(batch_size, 3, generator=random) - 1
+    stretch = 2 * torch.rand(batch_size, 3, generator=random) - 1
+    may_flip = torch.tensor([axis in recipe.flip_axes for axis in "ijk"])
+    may_turn = torch.tensor([recipe.rotation == "all", recipe.rotation == "all", True])
+    return Geometry(
+        flips=flips & may_flip,
+        angles=turn * may_turn * math.radians(recipe.max_rotation_deg),
+        scales=1 + stretch * recipe.max_scaling,
+    )
 
 
 def draw_painting(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Tensor:
@@ -112,18 +142,28 @@ def make_clean(
 ) -> Tensor:
     """Cut, resize, flip and rotate one view of every pair, float32 (B, 1, I, J, K)."""
     device = volumes.flat.device
-    out = torch.empty(len(pairs.volume), *recipe.input_size, device=device)
-    for index in sorted(set(pairs.size.tolist())):  # crops of one size are one batch
-        at = (pairs.size == index).nonzero()[:, 0]
+    out = _by_voxel(torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device))
+    sizes = pairs.size[:, view]
+    for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
         size: Size = recipe.crop_sizes[index]
-        crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
-        flips = geometry.flips[at].to(device)
-        matrices = [
-            _flipped(resize_matrix(size[axis], recipe.input_size[axis]).to(device), flips[:, axis])
-            for axis in range(3)
-        ]
-        out[at.to(device)] = along_axes(crop, matrices)
-    return rotate_in_plane(out, geometry.angle.to(device))[:, None]
+        along_i, along_j, along_k = (
+            resize_matrix(*extents).to(device)
+            for extents in zip(size, recipe.input_size, strict=True)
+        )
+        in_plane = None if size[:2] == recipe.input_size[:2] else (along_i, along_j)
+        of_size = (sizes == index).nonzero()[:, 0]
+        for at in of_size.split(_at_once(device, len(of_size))):
+            crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
+            flips, angles = geometry.flips[at].to(device), geometry.angles[at].to(device)
+            if recipe.rotation == "in_plane" and recipe.max_scaling == 0:
+                resized = _resize(crop, in_plane, _flipped(along_k, flips[:, 2]))
+                moved = rotate_in_plane(resized, angles[:, 2], flips[:, :2])
+            else:
+                resized = _resize(crop, in_plane, along_k)
+                signed = torch.where(flips, -1, 1) * geometry.scales[at].to(device)
+                moved = affine.rotate_and_scale(resized, angles, signed)
+            out[at.to(device)] = moved
+    return out[:, None]
 
 
 def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> Tensor:
@@ -134,20 +174,50 @@ def corrupt(clean: Tensor, corruption: Corruption, random: torch.Generator) -> T
         corruption: What was drawn.
         random: Of the noise, on the views' device.
     """
-    noise = torch.rand(clean.shape, generator=random, device=clean.device)
-    inside = inside_boxes(corruption, clean.shape[2:]).to(clean.device)[:, None]
-    kind = corruption.painting.to(clean.device)[:, None, None, None, None]
-    is_noise = torch.where(kind == OUTPAINT, ~inside, inside & (kind == INPAINT))
-    painted = torch.where(is_noise, noise, clean)[:, 0]
     sigma = corruption.blur_sigma.to(clean.device)
-    matrices = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
-    return along_axes(painted, matrices)[:, None]
+    blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
+    out = torch.empty(clean.shape, device=clean.device)
+    at_once = _at_once(clean.device, len(clean))
+    for start in range(0, len(clean), at_once):
+        part = slice(start, start + at_once)
+        view = clean[part, 0]
+        noise = uniform_noise(_by_slice(view).shape, random)
+        is_noise = noise_share(corruption.part(part), view.shape[1:], view.device)
+        # Exact at 0 and 1, and faster than `where`.
+        painted = torch.lerp(view, _by_voxel(noise), is_noise)
+        out[part, 0] = along_axes(painted, [matrices[part] for matrices in blur])
+    return out
 
 
-def inside_boxes(corruption: Corruption, shape: torch.Size) -> Tensor:
-    """Voxels that lie in at least one box, bool (B, I, J, K) on the host."""
-    i, j, k = intervals(corruption.box_start, corruption.box_size, shape)
-    return torch.einsum("bni,bnj,bnk->bijk", i, j, k) > 0
+def uniform_noise(shape: Sequence[int], random: torch.Generator) -> Tensor:
+    """Uniform in (0, 1), one of 65,536 values; float32 on the generator's device.
+
+    Four voxels from one draw: `torch.rand` takes more than twice as long on a CPU.
+    """
+    num = math.prod(shape)
+    drawn = torch.empty(math.ceil(num / 4), dtype=torch.int64, device=random.device)
+    bits = drawn.random_(-(2**63), None, generator=random).view(torch.int16)
+    return ((bits[:num].float() + 32768.5) / 65536).reshape(tuple(shape))
+
+
+def noise_share(
+    corruption: Corruption, shape: torch.Size, device: torch.device | str = "cpu"
+) -> Tensor:
+    """1 where the painting puts noise, else 0; float32 (B, I, J, K)."""
+    kind = corruption.painting.to(device)[:, None, None, None]
+    inside = inside_boxes(corruption, shape, device)
+    return inside.mul_(kind != NONE).sub_((kind == OUTPAINT).float()).abs_()
+
+
+def inside_boxes(
+    corruption: Corruption, shape: torch.Size, device: torch.device | str = "cpu"
+) -> Tensor:
+    """1 in voxels that lie in at least one box, else 0; float32 (B, I, J, K)."""
+    start, size = corruption.box_start.to(device), corruption.box_size.to(device)
+    i, j, k = intervals(start, size, shape)  # (B, N, n) each
+    in_plane = i[:, :, :, None] * j[:, :, None, :]  # (B, N, I, J)
+    boxes = k.mT @ in_plane.flatten(2)  # (B, K, I * J), boxes that hold a voxel
+    return _by_voxel(boxes.clamp_(max=1).reshape(len(start), *_slices_of(shape)))
 
 
 def intervals(start: Tensor, size: Tensor, shape: torch.Size) -> list[Tensor]:
@@ -163,13 +233,34 @@ def intervals(start: Tensor, size: Tensor, shape: torch.Size) -> list[Tensor]:
 def along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
     """Apply a matrix (B, m, n) along each axis of (B, I, J, K)."""
     along_i, along_j, along_k = matrices
-    x = x @ along_k.mT[:, None]
-    x = along_j[:, None] @ x
-    batch, i, j, k = x.shape
-    x = along_i @ x.reshape(batch, i, j * k)
-    return x.reshape(batch, -1, j, k)
+    batch, i, j, _ = x.shape
+    # Each product contracts the last axis and puts its own first, so that none copies.
+    x = along_k @ _by_slice(x).flatten(2)  # (B, K, I * J)
+    x = along_j @ x.reshape(batch, -1, j).mT  # (B, J, K * I)
+    x = along_i @ x.reshape(batch, -1, i).mT  # (B, I, J * K)
+    return x.reshape(batch, x.shape[1], along_j.shape[1], -1)
 
 
+def _at_once(device: torch.device, count: int) -> int:
+    return AT_ONCE if device.type == "cpu" else max(count, 1)
+
+
+def _slices_of(shape: Sequence[int]) -> tuple[int, int, int]:
+    i, j, k = shape
+    return k, i, j
+
+
+def _by_slice(x: Tensor) -> Tensor:
+    """(B, I, J, K) seen as (B, K, I, J)."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _by_voxel(slices: Tensor) -> Tensor:
+    """(B, K, I, J) seen as (B, I, J, K)."""
+    return slices.permute(0, 2, 3, 1)
+
+
+@functools.cache
 def resize_matrix(num_in: int, num_out: int) -> Tensor:
     """Anti-aliased linear resize as a matrix, (num_out, num_in).
 
@@ -195,41 +286,56 @@ def blur_matrix(n: int, sigma: Tensor) -> Tensor:
 
     Equals scipy.ndimage.gaussian_filter1d(mode="nearest") for each deviation of `sigma` (B,).
     """
-    sigma = sigma[:, None, None]
+    sigma = sigma[:, None]
     radius = (TRUNCATE * sigma + 0.5).floor()
-    position = torch.arange(n, device=sigma.device, dtype=sigma.dtype)
-    distance = position[None, :, None] - position[None, None, :]  # (1, n, n)
-    safe = sigma.clamp(min=1e-3)
-
-    def weight(d: Tensor) -> Tensor:
-        return torch.exp(-0.5 * (d / safe) ** 2) * (d.abs() <= radius)
-
     # Whole filters, to normalise and to fold what hangs over the edges onto the edge voxels.
     longest = math.ceil(TRUNCATE * float(n)) + 1
-    offsets = torch.arange(-longest, longest + 1, device=sigma.device, dtype=sigma.dtype)
-    whole = weight(offsets[None, None, :])  # (B, 1, 2 * longest + 1)
-    total = whole.sum(dim=2, keepdim=True)
-    tail = whole.flip(2).cumsum(dim=2).flip(2)  # sum over offsets >= d
-    matrix = weight(distance)
-    past = torch.arange(1, n + 1, device=sigma.device) + longest
-    beyond = tail[:, 0, past]  # voxel p hangs over the low edge by offsets >= p + 1
+    offset = torch.arange(-longest, longest + 1, device=sigma.device, dtype=sigma.dtype)
+    whole = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)) ** 2) * (offset.abs() <= radius)
+    whole = whole / whole.sum(dim=1, keepdim=True)  # (B, offsets)
+    # Row p holds the offsets -p ... n - 1 - p.
+    matrix = whole[:, longest - n + 1 : longest + n].unfold(1, n, 1).flip(1)  # (B, n, n)
+    tail = whole.flip(1).cumsum(dim=1).flip(1)  # sum over offsets >= d
+    beyond = tail[:, longest + 1 : longest + n + 1]  # voxel p hangs over the low edge from p + 1
     matrix[:, :, 0] += beyond
     matrix[:, :, -1] += beyond.flip(1)
-    return matrix / total
+    return matrix
 
 
-def rotate_in_plane(x: Tensor, angle: Tensor) -> Tensor:
+def _resize(crop: Tensor, in_plane: tuple[Tensor, Tensor] | None, along_k: Tensor) -> Tensor:
+    """Apply (m, n) along I and J, unless None, and (m, n) or (B, m, n) along K of (B, I, J, K)."""
+    batch, i, j, _ = crop.shape
+    slices = (along_k @ _by_slice(crop).flatten(2)).reshape(batch, -1, i, j)  # (B, K, I, J)
+    if in_plane is not None:
+        along_i, along_j = in_plane
+        slices = along_i @ (slices @ along_j.mT)
+    return _by_voxel(slices)
+
+
+def rotate_in_plane(x: Tensor, angle: Tensor, flips: Tensor | None = None) -> Tensor:
     """Turn (B, I, J, K) in the IJ plane about its centre, bilinear, I == J.
 
     What comes in from outside is each sample's minimum, as in TorchIO's RandomAffine.
+
+    Args:
+        x: (B, I, J, K).
+        angle: In radians, (B,).
+        flips: Whether I and J are flipped before, bool (B, 2).
     """
-    floor = x.amin(dim=(1, 2, 3), keepdim=True)
+    slices = _by_slice(x)
+    floor = slices.amin(dim=(1, 2, 3), keepdim=True)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     matrix = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).reshape(-1, 2, 3)
-    slices = (x - floor).permute(0, 3, 1, 2)  # (B, K, I, J)
+    if flips is not None:
+        matrix = matrix * (1 - 2 * flips.flip(1).float())[:, :, None]  # of torch: J, then I
     grid = F.affine_grid(matrix, list(slices.shape), align_corners=False)
-    turned = F.grid_sample(slices, grid, mode="bilinear", align_corners=False)
-    return turned.permute(0, 2, 3, 1) + floor
+    turned = F.grid_sample(slices - floor, grid, mode="bilinear", align_corners=False)
+    return _by_voxel(turned.add_(floor))
+
+
+def num_indicators(dims: Literal[2, 3]) -> int:
+    """Length of an indicator vector: a flip along every axis, four quarter turns."""
+    return dims + 4
 
 
 def draw_indicators(batch_size: int, random: torch.Generator, *, dims: int = 3) -> Tensor:

@@ -5,8 +5,9 @@ N examples, B samples, C channels, L labels, I J K voxels of the input size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,11 +17,18 @@ from torch import Tensor
 from imaging.volume import Grid
 from models.recipe import ClassifyRecipe
 from trainer.data.augment import along_axes, resize_matrix
-from trainer.data.cache import Case
-from trainer.data.patches import cut, resident_channels
+from trainer.data.cache import Case, VolumeCache
+from trainer.data.cases import check_extents
+from trainer.data.patches import cut, flipped, resident_channels, turned
 from trainer.data.resident import Resident, Size
-from trainer.data.scan_set import Example, Point
+from trainer.data.scan_set import Example, Point, ScanFile
 from trainer.errors import DataError
+from trainer.randomness import generator
+from trainer.report import Report
+
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+"""From a step to the examples of its batch (B,) and their network input (B, C, ...)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,41 +99,96 @@ class Draw:
     turns: Tensor
 
 
-class ExampleSampler:
-    """Draws examples, and how to move them; the moves know nothing of the classes (bug B19).
+class IndexSampler:
+    """Draws examples.
 
     Args:
         truth: (N, L) as in `Examples`; balanced, every label holds for some example, not for
             another.
-        recipe: Balance and moves.
+        is_balanced: Whether with and without each label are drawn equally often.
     """
 
-    def __init__(self, truth: Tensor, recipe: ClassifyRecipe) -> None:
+    def __init__(self, truth: Tensor, *, is_balanced: bool) -> None:
         self._num_examples, self._num_labels = truth.shape
-        self._recipe = recipe
+        self._is_balanced = is_balanced
         groups = [(truth[:, label] == value).nonzero()[:, 0]
                   for label in range(self._num_labels) for value in (0, 1)]  # fmt: skip
         self._members = torch.cat(groups)
         self._sizes = torch.tensor([len(group) for group in groups])
         self._first = self._sizes.cumsum(0) - self._sizes
 
-    def draw(self, batch_size: int, step: int, random: torch.Generator) -> Draw:
-        """Draw one batch.
+    def draw_index(self, batch_size: int, step: int, random: torch.Generator) -> Tensor:
+        """Draw the examples of one batch, (B,).
 
             balanced, for each sample: its label in turn; with or without it by a coin;
             then one of those examples, each as likely
         """
         u = torch.rand(batch_size, generator=random, dtype=torch.float64)
         coin = torch.randint(2, (batch_size,), generator=random)
+        if not self._is_balanced:
+            return (u * self._num_examples).long()
+        label = (step * batch_size + torch.arange(batch_size)) % self._num_labels
+        group = 2 * label + coin
+        return self._members[self._first[group] + (u * self._sizes[group]).long()]
+
+
+class ExampleSampler:
+    """Draws examples, and how to move them; the moves know nothing of the classes (bug B19).
+
+    Args:
+        truth: As of `IndexSampler`.
+        recipe: Balance and moves.
+    """
+
+    def __init__(self, truth: Tensor, recipe: ClassifyRecipe) -> None:
+        self._index = IndexSampler(truth, is_balanced=recipe.balanced)
+        self._recipe = recipe
+
+    def draw(self, batch_size: int, step: int, random: torch.Generator) -> Draw:
+        """Draw one batch."""
+        index = self._index.draw_index(batch_size, step, random)
         flips = torch.rand(batch_size, 3, generator=random) < self._recipe.flip_probability
         turns = torch.randint(4, (batch_size,), generator=random)
-        if self._recipe.balanced:
-            label = (step * batch_size + torch.arange(batch_size)) % self._num_labels
-            group = 2 * label + coin
-            index = self._members[self._first[group] + (u * self._sizes[group]).long()]
-        else:
-            index = (u * self._num_examples).long()
         return Draw(index, flips, turns if self._recipe.quarter_turns else torch.zeros_like(turns))
+
+
+class VolumeSource:
+    """How examples in volumes are read, laid out and drawn; see `trainer.classification.Source`."""
+
+    def __init__(self, recipe: ClassifyRecipe, cache: Path, device: torch.device) -> None:
+        self._recipe, self._device = recipe, device
+        self._store = VolumeCache(cache)
+
+    def read(self, scan: ScanFile) -> ExampleCase:
+        """The scan's images, preprocessed, with its examples."""
+        recipe = self._recipe
+        channels = self._store.channels(scan, recipe.preprocessing, recipe.channels)
+        return ExampleCase(scan.id, channels, scan.examples)
+
+    def check(self, cases: Sequence[ExampleCase], report: Report) -> None:
+        """Every place lies in its scan, in the splits that are laid out later too."""
+        if self._recipe.crop == "whole":
+            return
+        check_extents([case.channels[0] for case in cases], self._recipe.input_size, report)
+        for case in cases:
+            for example in case.examples:
+                voxel_of(example.centre_mm, case.channels[0].grid, case.id)
+
+    def lay_out(self, cases: Sequence[ExampleCase]) -> Examples:
+        """The examples of one split, on the device."""
+        return Examples.of(cases, self._recipe, self._device)
+
+    def batches(self, examples: Examples) -> Batches:
+        """What makes the batch of a step, flipped and turned as drawn."""
+        recipe = self._recipe
+        sampler = ExampleSampler(examples.truth, recipe)
+
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            random = generator(recipe.seed, step, "examples")
+            draw = sampler.draw(recipe.batch_size, step, random)
+            return draw.index, turned(flipped(examples.inputs(draw.index), draw.flips), draw.turns)
+
+        return batch
 
 
 def truth_of(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:

@@ -79,8 +79,10 @@ class Resident:
         shape = self.shapes[volume]  # (B, 3)
         stride_i = shape[:, 1] * shape[:, 2]
         stride_j = shape[:, 2]
-        i, j, k = (start[:, a, None] + torch.arange(size[a]) for a in range(3))  # (B, size)
+        i, j = (start[:, a, None] + torch.arange(size[a]) for a in range(2))  # (B, size)
         row = self.offsets[volume, None] + i * stride_i[:, None]  # (B, I)
         line = row[:, :, None] + (j * stride_j[:, None])[:, None, :]  # (B, I, J)
-        device = self.flat.device
-        return self.flat[line.to(device)[..., None] + k.to(device)[:, None, None, :]]
+        first = (line + start[:, 2, None, None]).to(self.flat.device)
+        # One index a line of K voxels: an index a voxel took ten times as long on a CPU.
+        lines = self.flat.unfold(0, size[2], 1)
+        return lines.index_select(0, first.reshape(-1)).reshape(len(start), *size)

@@ -1,6 +1,6 @@
 """Where crops are cut, drawn as numbers before any voxel moves.
 
-Pretraining: pairs of equal size that overlap by more than `min_iou` (paper section 7). Fine-tuning:
+Pretraining: pairs that overlap by more than `min_iou`, of equal size (paper section 7) or not. Fine-tuning:
 patches of which a share is centred on a labelled voxel, the classes taking turns.
 
 B samples, V volumes, I J K voxels of the padded grid.
@@ -27,11 +27,11 @@ _TRIES = 256
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Two boxes of one size in one volume, for each sample.
+    """Two boxes in one volume, for each sample.
 
     Attributes:
         volume: Index of the volume, int64 (B,).
-        size: Index into the recipe's crop sizes, int64 (B,).
+        size: Index of each box into the recipe's crop sizes, int64 (B, 2).
         start: First voxel of both boxes on the padded grid, int64 (B, 2, 3).
     """
 
@@ -43,13 +43,20 @@ class Pairs:
 class PairSampler:
     """Draws pairs; with `max_tissue`, only boxes that hold less soft tissue than that.
 
+    Volumes and sizes are drawn alike, sizes together where they must be equal. Two sizes whose
+    boxes can never overlap enough are not drawn together (row 25). The official code throws whole
+    draws away instead, and so takes sizes that overlap easily more often.
+
     The tissue rule is LUNA's with its bug fixed (B5): the official code divides the tissue of the
     resized crop by the voxels of the original one, so its limit was 2 to 101 % by crop size.
 
     Args:
-        recipe: Sizes, overlap, tissue share.
+        recipe: Sizes, overlap, border, tissue share.
         shapes: Padded extents, int64 (V, 3).
         tissue: For each volume which voxels are soft tissue, bool (I, J, K); None without the rule.
+
+    Raises:
+        DataError: `too_much_tissue`: no pair of any scan keeps the tissue rule.
     """
 
     def __init__(
@@ -61,19 +68,20 @@ class PairSampler:
         self._recipe = recipe
         self._shapes = shapes
         self._sizes = torch.tensor(recipe.crop_sizes)  # (S, 3)
+        self._border = torch.tensor(recipe.border)
         self._sums = [_integral(mask) for mask in tissue] if tissue is not None else None
         self._usable, self._known = self._find_usable()
 
     def draw(self, batch_size: int, random: torch.Generator) -> Pairs:
         """Draw one batch; every pair keeps the rules."""
         choice = torch.randint(len(self._usable), (batch_size,), generator=random)
-        volume, size = self._usable[choice].unbind(dim=1)
-        known = self._known[choice]
-        extent = self._sizes[size]  # (B, 3)
-        room = self._shapes[volume] - extent  # (B, 3)
-        first = self._first(volume, extent, room, known, random)
-        second = self._second(volume, extent, room, first, random)
-        return Pairs(volume, size, torch.stack([first, second], dim=1))
+        volume, size = self._usable[choice, 0], self._usable[choice, 1:]
+        extent = self._sizes[size]  # (B, 2, 3)
+        known = self._known[choice]  # (B, 2, 3)
+        first = self._first(volume, extent[:, 0], known[:, 0], random)
+        second, passes = self._second(volume, extent, first, random)
+        start = torch.stack([first, second], dim=1)
+        return Pairs(volume, size, torch.where(passes[:, None, None], start, known))
 
     def tissue_share(self, volume: Tensor, start: Tensor, extent: Tensor) -> Tensor:
         """Share of soft tissue of boxes, (B, ...) for `start` (B, ..., 3)."""
@@ -88,54 +96,96 @@ class PairSampler:
         return share
 
     def _first(
-        self, volume: Tensor, extent: Tensor, room: Tensor, known: Tensor, random: torch.Generator
+        self, volume: Tensor, extent: Tensor, known: Tensor, random: torch.Generator
     ) -> Tensor:
-        low = torch.zeros_like(room)
+        low, high = self._reachable(volume, extent)
         if self._sums is None:
-            return _integers(low, room, 1, random)[:, 0]
-        drawn = _integers(low, room, _TRIES, random)
-        return _first_that_passes(drawn, self._passes(volume, drawn, extent), otherwise=known)
+            return _integers(low, high, 1, random)[:, 0]
+        drawn = _integers(low, high, _TRIES, random)
+        chosen, passes = _first_that_passes(drawn, self._passes(volume, drawn, extent))
+        return torch.where(passes[:, None], chosen, known)
 
     def _second(
-        self, volume: Tensor, extent: Tensor, room: Tensor, first: Tensor, random: torch.Generator
-    ) -> Tensor:
+        self, volume: Tensor, extents: Tensor, first: Tensor, random: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Uniform over the boxes that overlap `first` enough.
 
-        IoU = f / (2 - f) with f the shared fraction, so f > 2 t / (1 + t); no axis may shift by
-        more than (1 - f) of its extent.
+        IoU = s / (v1 + v2 - s) > t with s the shared voxels, so s > t (v1 + v2) / (1 + t): along no
+        axis may the boxes share less than that over what they can share along the other two.
+
+        Returns:
+            Starts (B, 3), and for which samples they keep the rules, bool (B,).
         """
-        least = 2 * self._recipe.min_iou / (1 + self._recipe.min_iou)
-        reach = ((1 - least) * extent).floor().long()
-        drawn = _integers((first - reach).clamp(min=0), torch.minimum(room, first + reach), _TRIES, random)
-        shift = (drawn - first[:, None]).abs() / extent[:, None]
-        shared = (1 - shift).clamp(min=0).double().prod(dim=2)  # (B, tries)
-        passes = shared / (2 - shared) > self._recipe.min_iou
+        one, other = extents.double().unbind(dim=1)
+        volumes = one.prod(dim=1) + other.prod(dim=1)  # (B,)
+        most = torch.minimum(one, other)  # (B, 3)
+        needed = self._recipe.min_iou / (1 + self._recipe.min_iou) * volumes
+        least = needed[:, None] / most.prod(dim=1, keepdim=True) * most  # (B, 3)
+        low, high = self._reachable(volume, extents[:, 1])
+        before = first - (other - least).floor().long()
+        after = first + (one - least).floor().long()
+        drawn = _integers(torch.maximum(low, before), torch.minimum(high, after), _TRIES, random)
+        middle = self._around(volume, extents, first[:, None])  # shares as much as boxes can
+        drawn = torch.cat([drawn, middle], dim=1)
+        passes = iou(first[:, None], one[:, None], drawn, other[:, None]) > self._recipe.min_iou
         if self._sums is not None:
-            passes &= self._passes(volume, drawn, extent)
-        return _first_that_passes(drawn, passes, otherwise=first)
+            passes &= self._passes(volume, drawn, extents[:, 1])
+        return _first_that_passes(drawn, passes)
+
+    def _around(self, volume: Tensor, extents: Tensor, first: Tensor) -> Tensor:
+        """Start of the second box inside or around the first's middle, (B, n, 3) as `first`."""
+        low, high = self._reachable(volume, extents[:, 1])
+        shift = (extents[:, 0] - extents[:, 1]).div(2, rounding_mode="floor")
+        return (first + shift[:, None]).clamp(low[:, None], high[:, None])
+
+    def _reachable(self, volume: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest and highest start of a box that keeps the border, as far as there is room."""
+        room = self._shapes[volume] - extent
+        border = torch.minimum(self._border, room // 2)
+        return border, room - border
 
     def _passes(self, volume: Tensor, start: Tensor, extent: Tensor) -> Tensor:
         assert self._recipe.max_tissue is not None
         return self.tissue_share(volume, start, extent) < self._recipe.max_tissue
 
     def _find_usable(self) -> tuple[Tensor, Tensor]:
-        """(volume, size) pairs that can be drawn, (N, 2), and a start that passes for each."""
-        pairs = torch.cartesian_prod(torch.arange(len(self._shapes)), torch.arange(len(self._sizes)))
-        volume, size = pairs.unbind(dim=1)
-        extent = self._sizes[size]
-        room = self._shapes[volume] - extent
-        assert (room >= 0).all()
+        """(volume, size, size) that can be drawn, (N, 3), and starts that pass for each."""
+        every = torch.arange(len(self._sizes))
+        sizes = torch.stack([every, every], dim=1)
+        if not self._recipe.equal_sizes:
+            sizes = torch.cartesian_prod(every, every)
+            one, other = self._sizes[sizes].double().unbind(dim=1)
+            origin = torch.zeros_like(one)
+            sizes = sizes[iou(origin, one, origin, other) > self._recipe.min_iou]
+        volume = torch.arange(len(self._shapes)).repeat_interleave(len(sizes))
+        sizes = sizes.repeat(len(self._shapes), 1)
+        usable = torch.cat([volume[:, None], sizes], dim=1)
+        extents = self._sizes[sizes]
+        low, high = self._reachable(volume, extents[:, 0])
+        assert (high >= low).all()
         if self._sums is None:
-            return pairs, torch.zeros_like(room)
-        drawn = _integers(torch.zeros_like(room), room, 4 * _TRIES, generator(0, 0, "tissue"))
-        passes = self._passes(volume, drawn, extent)
+            start = low[:, None]
+            return usable, torch.cat([start, self._around(volume, extents, start)], dim=1)
+        drawn = _integers(low, high, 4 * _TRIES, generator(0, 0, "tissue"))
+        around = self._around(volume, extents, drawn)
+        passes = self._passes(volume, drawn, extents[:, 0])
+        passes &= self._passes(volume, around, extents[:, 1])
         keep = passes.any(dim=1)
         if not keep.any():
             raise DataError(
                 "too_much_tissue",
                 f"no crop of any scan has less than {self._recipe.max_tissue:.0%} soft tissue",
             )
-        return pairs[keep], _first_that_passes(drawn, passes, otherwise=drawn[:, 0])[keep]
+        known = [_first_that_passes(starts, passes)[0] for starts in (drawn, around)]
+        return usable[keep], torch.stack(known, dim=1)[keep]
+
+
+def iou(start: Tensor, extent: Tensor, other_start: Tensor, other_extent: Tensor) -> Tensor:
+    """Intersection over union of boxes, float64 (...) for starts and extents (..., 3)."""
+    last = torch.minimum(start + extent, other_start + other_extent)
+    shared = (last - torch.maximum(start, other_start)).clamp(min=0).double().prod(dim=-1)
+    union = extent.double().prod(dim=-1) + other_extent.double().prod(dim=-1) - shared
+    return shared / union
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +270,13 @@ def _integers(low: Tensor, high: Tensor, tries: int, random: torch.Generator) ->
     return low[:, None] + (u * (high - low + 1)[:, None]).long()
 
 
-def _first_that_passes(drawn: Tensor, passes: Tensor, *, otherwise: Tensor) -> Tensor:
-    """First passing candidate of each sample; (B, tries, 3), (B, tries) -> (B, 3)."""
+def _first_that_passes(drawn: Tensor, passes: Tensor) -> tuple[Tensor, Tensor]:
+    """First passing candidate of each sample, (B, 3) of (B, tries, 3); and if there is one, (B,).
+
+    The first candidate where none passes.
+    """
     at = passes.int().argmax(dim=1)  # the first maximum
-    chosen = drawn[torch.arange(len(drawn)), at]
-    return torch.where(passes.any(dim=1)[:, None], chosen, otherwise)
+    return drawn[torch.arange(len(drawn)), at], passes.any(dim=1)
 
 
 def tissue_mask(image: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:

@@ -7,6 +7,10 @@
                                     `x_mm`, `y_mm`, `z_mm` (a place, in RAS+), and one column a
                                     label with 1, 0 or nothing; a scan may have several lines
 
+For a recipe in 2D:
+
+    X.png, X.jpg, X.dcm, X          a 2D image; without one of these endings, DICOM
+
 With subfolders `train`, `val` and `test` the split is theirs; `labels.csv` lies above or in them.
 """
 
@@ -18,21 +22,27 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from trainer.data.scan_set import SPLITS, Example, Point, ScanFile, ScanSet, Split, digest_of
 from trainer.errors import DataError
 
 TABLE = "labels.csv"
 _PLACE = ("x_mm", "y_mm", "z_mm")
-_ENDINGS = (".nii.gz", ".nii", ".zip")
+_VOLUMES = (".nii.gz", ".nii", ".zip")
+_PICTURES = (".png", ".jpg", ".jpeg")
+_ENDINGS = (*_VOLUMES, *_PICTURES, ".dcm", ".dicom")
 
 
-def from_folder(folder: Path, channels: Sequence[str]) -> tuple[ScanSet, bool]:
+def from_folder(
+    folder: Path, channels: Sequence[str], dims: Literal[2, 3] = 3
+) -> tuple[ScanSet, bool]:
     """The folder's scans, and whether its subfolders say how they are split.
 
     Raises:
         DataError: `bad_scan_list` for a table that contradicts itself or the files,
-            `unusable_scan` for a scan that lacks a channel.
+            `unusable_scan` for a scan that lacks a channel, or a 2D image where volumes are asked
+            for or the other way round.
     """
     is_split = (folder / "train").is_dir()
     table = _read_table(folder)
@@ -40,7 +50,7 @@ def from_folder(folder: Path, channels: Sequence[str]) -> tuple[ScanSet, bool]:
     for split in SPLITS if is_split else SPLITS[:1]:
         inside = folder / split if is_split else folder
         known = {**table, **_read_table(inside)}
-        scans += _scans_in(inside, split, channels, known)
+        scans += _scans_in(inside, split, channels, known, dims)
     ids = [scan.id for scan in scans]
     if missing := sorted(table.keys() - set(ids)):
         raise DataError("bad_scan_list", f"{TABLE} names scan {missing[0]}, which is not there")
@@ -56,11 +66,15 @@ class _Row:
 
 
 def _scans_in(
-    folder: Path, split: Split, channels: Sequence[str], table: dict[str, _Row]
+    folder: Path,
+    split: Split,
+    channels: Sequence[str],
+    table: dict[str, _Row],
+    dims: Literal[2, 3],
 ) -> Iterator[ScanFile]:
     if not folder.is_dir():
         return
-    for name, images in sorted(_images_in(folder, channels).items()):
+    for name, images in sorted(_images_in(folder, channels, dims).items()):
         labels = [folder / f"{name}_label{ending}" for ending in (".nii.gz", ".nii")]
         row = table.get(name, _Row(name))
         yield ScanFile(
@@ -73,20 +87,26 @@ def _scans_in(
         )
 
 
-def _images_in(folder: Path, channels: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+def _images_in(
+    folder: Path, channels: Sequence[str], dims: Literal[2, 3]
+) -> dict[str, tuple[Path, ...]]:
     """Files of each scan by its name, in the order of the channels."""
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
         stem, ending = _stem(path)
         if path.name.startswith(".") or stem.endswith("_label"):
             continue
-        if not (path.is_dir() or ending):
+        if not _may_be_a_scan(path, ending, dims):
             continue
         if len(channels) == 1:
             name, channel = stem.removesuffix("_image"), channels[0]
         else:
             name, _, channel = stem.partition("_image_")
-        found.setdefault(name, {})[channel] = path
+        of_scan = found.setdefault(name, {})
+        if channel in of_scan:
+            detail = f"two scans are called {name}: {of_scan[channel].name} and {path.name}"
+            raise DataError("bad_scan_list", detail)
+        of_scan[channel] = path
     for name, by_channel in found.items():
         for channel in channels:
             if channel not in by_channel:
@@ -94,10 +114,31 @@ def _images_in(folder: Path, channels: Sequence[str]) -> dict[str, tuple[Path, .
     return {name: tuple(by_channel[c] for c in channels) for name, by_channel in found.items()}
 
 
+def _may_be_a_scan(path: Path, ending: str, dims: Literal[2, 3]) -> bool:
+    """Whether to read it; the pixels are judged when it is read.
+
+    Raises:
+        DataError: `unusable_scan`: of the other dimensions, as its ending says.
+    """
+    if dims == 2:
+        if ending in _VOLUMES or path.is_dir():
+            what = "a folder" if path.is_dir() else "a volume"
+            raise DataError(
+                "unusable_scan", f"scan {path.name} is {what}; the recipe's network reads 2D images"
+            )
+        # DICOM files often bear a UID, whose last number is no ending.
+        return bool(ending) or not path.suffix.strip(".0123456789")
+    if ending in _PICTURES:
+        raise DataError(
+            "unusable_scan", f"scan {path.name} is a 2D image; the recipe's network reads volumes"
+        )
+    return path.is_dir() or ending in _VOLUMES
+
+
 def _stem(path: Path) -> tuple[str, str]:
     for ending in _ENDINGS:
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending), ending
+        if path.name.lower().endswith(ending):
+            return path.name[: -len(ending)], ending
     return path.name, ""
 
 

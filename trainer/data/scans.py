@@ -25,7 +25,11 @@ __all__ = ["SPLITS", "Example", "ScanFile", "ScanSet", "Split", "discover"]
 
 
 def discover(
-    path: Path, *, channels: Sequence[str] = ("image",), shares: SplitShares | None = None
+    path: Path,
+    *,
+    channels: Sequence[str] = ("image",),
+    shares: SplitShares | None = None,
+    dims: Literal[2, 3] = 3,
 ) -> ScanSet:
     """Find the scans of a folder or a JSON list (docs/architecture.md, trainer).
 
@@ -33,6 +37,7 @@ def discover(
         path: The folder, or the list.
         channels: The images that a scan of a folder consists of.
         shares: How to split subjects where nothing else says; None leaves all for training.
+        dims: Whether scans of a folder are volumes or 2D images.
 
     Raises:
         DataError: `no_scans`, `bad_scan_list`, `split_leaks_subject`.
@@ -40,7 +45,7 @@ def discover(
     if path.is_file():
         found, is_split = _from_json(path)
     elif path.is_dir():
-        found, is_split = from_folder(path, channels)
+        found, is_split = from_folder(path, channels, dims)
     else:
         raise DataError("no_scans", "the --scans path does not exist")
     if shares is not None and not is_split:

@@ -1,17 +1,19 @@
-"""PCRL, preset `paper`: contrast two views and reconstruct what the decoder is asked for.
+"""PCRL: contrast two views and reconstruct what the decoder is asked for.
 
 Zhou et al., "Preservational Learning Improves Self-supervised Medical Image Models by
-Reconstructing Diverse Contexts", ICCV 2021, section 3. Where the paper leaves a choice:
+Reconstructing Diverse Contexts", ICCV 2021, section 3. What differs between the paper, the authors'
+code and our recommendation are fields of the recipe (docs/methods/pcrl.md). Where the paper leaves
+a choice:
 
 - One TransAtt serves all three encoders, as the decoder does; it is trained with the decoder and
   has no momentum copy.
 - g_h has no parameters of its own and is g_o.
-- The three decodes run one after another, so each normalises by its own batch statistics.
+- The decodes run one after another, so each normalises by its own batch statistics.
 - The momentum encoder normalises by batch statistics too, in shuffled groups; its running
   statistics follow the ordinary encoder's by the EMA and by nothing else.
 
 Suffixes: o ordinary, m momentum, h hybrid encoder; 1 clean, 2 corrupted view.
-B batch, C channels of the bottleneck, E embedding, N queue, I J K voxels.
+B batch, C channels of the bottleneck, E embedding, N queue, I J K voxels; in 2D I J pixels.
 """
 
 from __future__ import annotations
@@ -19,55 +21,49 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor, nn
 
 from models.networks.heads import Projector, TransAttention
+from models.networks.resnet_unet2d import Features2d, ResNet18Encoder
 from models.networks.unet3d import Features, SkipResponses, UNet3d, UNet3dEncoder
-from models.recipe import PretrainRecipe
+from models.recipe import AnyPretrain, PretrainRecipe
 from trainer import ema
+from trainer.build import build_student
 from trainer.data import augment
+from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
-from trainer.losses import nce_loss
-from trainer.randomness import generator
+from trainer.losses import binary_nce_loss, mean_candidate, nce_loss
+from trainer.methods import views as batches
+from trainer.methods.queue import Queue
+from trainer.methods.views import Views
 
+AnyFeatures = Features | Features2d
 
-@dataclass(frozen=True, slots=True)
-class Views:
-    """One batch, and what was drawn for it.
-
-    Attributes:
-        clean_o: X_o^1, cropped, flipped and rotated, (B, 1, I, J, K) in network intensities.
-        clean_m: X_m^1.
-        input_o: X_o^2, painted and blurred.
-        input_m: X_m^2.
-        indicators: vec(T) of the three encoders, (3, B, 7).
-        mix: lambda of CrossMix, one for features and target.
-        order: Shuffle of the batch before the momentum encoder, (B,).
-    """
-
-    clean_o: Tensor
-    clean_m: Tensor
-    input_o: Tensor
-    input_m: Tensor
-    indicators: Tensor
-    mix: float
-    order: Tensor
+CONTRASTED = {
+    "views": ("query", "key"),
+    "mixup": ("mixup_query", "mixup_key"),
+    "mixed_key": ("mixup_query", "mixed_key"),
+}
+"""Embeddings of each term of the contrastive loss, by the recipe's name of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What a step minimises, its parts, and the embeddings to push."""
+    """What a step minimises, its parts, and what the step leaves behind."""
 
     total: Tensor
     contrast: Tensor
     reconstruction: dict[str, Tensor]
-    """Mean squared error of each decode, by encoder."""
+    """Mean squared error of each decode, by the recipe's name of it."""
     pushed: Tensor
-    """q, k and h, detached, (3 B, E)."""
+    """Embeddings for the queue in the recipe's order, detached, (pushes * B, E)."""
+    scans: Tensor
+    """The scan of each, (pushes * B,)."""
+    normaliser: Tensor
+    """Z of the binary NCE after this step, scalar."""
 
     def named(self) -> dict[str, Tensor]:
         """Detached scalars for the metrics."""
@@ -79,105 +75,64 @@ class Losses:
 class Pcrl(nn.Module):
     """The networks and the queue of PCRL; its `state_dict` is all that a resume needs of them."""
 
-    queue: Tensor
-    queue_pointer: Tensor
+    normaliser: Tensor
 
-    def __init__(self, recipe: PretrainRecipe) -> None:
+    def __init__(self, recipe: AnyPretrain) -> None:
         super().__init__()
-        method, width = recipe.method, recipe.network.base_width
-        channels = 16 * width
+        method, network = recipe.method, recipe.network
         self.recipe = recipe
-        self.student = UNet3d(1, 1, width, "batch", fused=recipe.fused)
+        self.student = build_student(recipe, fused=_is_fused(recipe))
         self.attention = TransAttention(
-            channels, kind=method.attention, rank=method.outer_rank, post_conv=method.post_conv
+            network.num_features,
+            kind=method.attention,
+            rank=method.outer_rank,
+            post_conv=method.post_conv,
+            num_indicators=augment.num_indicators(network.dims),
+            dims=network.dims,
         )
-        self.projector = Projector(channels, method.embedding_size)
-        self.momentum_encoder: UNet3dEncoder = copy.deepcopy(self.student.encoder)
+        self.projector = Projector(network.num_features, method.embedding_size)
+        self.momentum_encoder: UNet3dEncoder | ResNet18Encoder = copy.deepcopy(self.student.encoder)
         self.momentum_projector: Projector = copy.deepcopy(self.projector)
         ema.freeze(self.momentum_encoder)
         ema.freeze(self.momentum_projector)
-        queue = F.normalize(torch.randn(method.queue_size, method.embedding_size), dim=1)
-        self.register_buffer("queue", queue)
-        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.long))
+        self.queue = Queue(method.queue_size, method.embedding_size)
+        self.register_buffer("normaliser", torch.zeros(()))
 
     def trained(self) -> list[nn.Parameter]:
         """Parameters that the optimizer moves."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def make_views(self, volumes: Resident, sampler: PairSampler, step: int) -> Views:
+    def make_views(
+        self, volumes: Resident | ResidentImages, sampler: PairSampler | None, step: int
+    ) -> Views:
         """Draw and make the batch of a step; depends on the recipe's seed and the step alone."""
-        crops, seed, batch = self.recipe.crops, self.recipe.seed, self.recipe.batch_size
-        device = volumes.flat.device
-        pairs = sampler.draw(batch, generator(seed, step, "pairs"))
-        shapes = generator(seed, step, "geometry")
-        clean = [
-            augment.make_clean(
-                volumes, crops, pairs, view, augment.draw_geometry(crops, batch, shapes)
-            )
-            for view in (0, 1)
-        ]
-        painting = generator(seed, step, "painting")
-        noise = generator(seed, step, "noise", device)
-        kind = augment.draw_painting(crops, batch, painting)
-        spoiled = [
-            augment.corrupt(view, augment.draw_corruption(crops, kind, painting), noise)
-            for view in clean
-        ]
-        codes = generator(seed, step, "indicators")
-        indicators = torch.stack([augment.draw_indicators(batch, codes) for _ in range(3)])
-        return Views(
-            clean_o=clean[0],
-            clean_m=clean[1],
-            input_o=spoiled[0],
-            input_m=spoiled[1],
-            indicators=indicators.to(device),
-            mix=_draw_mix(self.recipe.method.mix_alpha, generator(seed, step, "mix")),
-            order=torch.randperm(batch, generator=generator(seed, step, "order")).to(device),
-        )
+        return batches.make_views(self.recipe, volumes, sampler, step)
 
     def losses(self, views: Views) -> Losses:
         """Eq. 5-8 of the paper for one batch."""
         method = self.recipe.method
-        lam = views.mix
-        features_o: Features = self.student.encoder(views.input_o)
-        features_m = self._encode_momentum(views)
-        bottlenecks = {
-            "o": features_o.bottleneck,
-            "m": features_m.bottleneck,
-            "h": _mix(features_o.bottleneck, features_m.bottleneck, lam),
-        }
-        skips = self._skips(features_o, features_m, lam)
-        clean = {
-            "o": views.clean_o,
-            "m": views.clean_m,
-            "h": _mix(views.clean_o, views.clean_m, lam),
-        }
-        seen, reconstruction = {}, {}
-        for encoder, indicator in zip("omh", views.indicators, strict=True):
-            attended: Tensor = self.attention(bottlenecks[encoder], indicator)
-            decoded = self._reconstruct(attended, skips[encoder])
-            target = augment.apply_indicators(clean[encoder], indicator)
-            reconstruction[encoder] = F.mse_loss(decoded, target)
-            seen[encoder] = attended if method.projector_input == "post" else bottlenecks[encoder]
-        query = self.projector(seen["o"])
-        with torch.no_grad():
-            key = self.momentum_projector(seen["m"])
-            hybrid = self.projector(seen["h"])
-        contrast = nce_loss(query, key, self.queue, method.temperature)
-        restored = torch.stack(list(reconstruction.values())).sum()
-        total = method.contrast_weight * contrast + method.reconstruction_weight * restored
-        pushed = torch.cat([query.detach(), key, hybrid])
-        return Losses(total, contrast, reconstruction, pushed)
-
-    def decode(self, features: Features, indicator: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct what the indicator asks for.
-
-        Returns:
-            The reconstruction in [0, 1], float32 (B, 1, I, J, K), and F^(l+1), the bottleneck after
-            TransAtt.
-        """
-        attended: Tensor = self.attention(features.bottleneck, indicator)
-        return self._reconstruct(attended, features), attended
+        features_o: AnyFeatures = self.student.encoder(views.input_o)
+        features_m = self._encode_momentum(views.input_m, views.order)
+        plain = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
+        attended = self._attend(plain, views)
+        skips = self._skips(features_o, features_m, views.mix)
+        reconstruction = self._reconstruct(attended, skips, self._targets(views))
+        embeddings = self._embed(attended if method.projector_input == "post" else plain)
+        if method.has_mixup_pass:
+            more_reconstruction, more_embeddings = self._mixup_pass(views, embeddings["key"])
+            reconstruction |= more_reconstruction
+            embeddings |= more_embeddings
+        contrast, normaliser = self._contrast(embeddings, views.scan)
+        restored = torch.stack(list(reconstruction.values()))
+        restored = restored.sum() if method.reconstruction_reduction == "sum" else restored.mean()
+        return Losses(
+            total=method.contrast_weight * contrast + method.reconstruction_weight * restored,
+            contrast=contrast,
+            reconstruction=reconstruction,
+            pushed=torch.cat([embeddings[name].detach() for name in method.push]),
+            scans=views.scan.repeat(len(method.push)),
+            normaliser=normaliser,
+        )
 
     @torch.no_grad()
     def update(self, losses: Losses) -> None:
@@ -185,63 +140,166 @@ class Pcrl(nn.Module):
         beta = self.recipe.method.ema_momentum
         ema.update(self.momentum_encoder, self.student.encoder, beta)
         ema.update(self.momentum_projector, self.projector, beta)
-        self.push(losses.pushed)
+        self.queue.push(losses.pushed, losses.scans)
+        self.normaliser.copy_(losses.normaliser)
 
     @torch.no_grad()
-    def push(self, vectors: Tensor) -> None:
-        """Overwrite the oldest vectors of the queue; nothing waits for the device."""
-        size = len(self.queue)
-        at = (self.queue_pointer + torch.arange(len(vectors), device=vectors.device)) % size
-        self.queue[at] = vectors
-        self.queue_pointer.copy_((self.queue_pointer + len(vectors)) % size)
+    def _encode_momentum(self, image: Tensor, order: Tensor) -> AnyFeatures:
+        """Encode in shuffled groups, so that a key's batch statistics do not give its query away.
+
+        On one device this is what shuffling over devices is in MoCo (row 22).
+        """
+        shuffled = image[order]
+        groups = min(self.recipe.method.momentum_groups, len(shuffled) // 2)
+        parts = [self.momentum_encoder(part) for part in shuffled.chunk(groups)]
+        back = order.argsort()
+        levels = [torch.cat(level)[back] for level in zip(*parts, strict=True)]
+        encoded: AnyFeatures = type(parts[0])._make(levels)
+        return encoded
+
+    def _attend(self, plain: dict[str, Tensor], views: Views) -> dict[str, Tensor]:
+        """TransAtt on each bottleneck; the hybrid is mixed before it or after it (row 6)."""
+        if self.recipe.method.crossmix == "before_attention":
+            pairs = zip(plain.items(), views.indicators, strict=True)
+            return {encoder: self.attention(x, indicator) for (encoder, x), indicator in pairs}
+        indicator_o, indicator_m = views.indicators
+        attended_o = self.attention(plain["o"], indicator_o)
+        attended_m = self.attention(plain["m"], indicator_m)
+        return _with_hybrid(attended_o, attended_m, views.mix)
+
+    def _targets(self, views: Views) -> dict[str, Tensor]:
+        """T(X) of each encoder (Eq. 5 and 8), T_h of the mix or the mix of T_o and T_m."""
+        is_clean = self.recipe.method.target == "clean"
+        view_o = views.clean_o if is_clean else views.input_o
+        view_m = views.clean_m if is_clean else views.input_m
+        if self.recipe.method.crossmix == "before_attention":
+            wanted = _with_hybrid(view_o, view_m, views.mix)
+            pairs = zip(wanted.items(), views.indicators, strict=True)
+            return {encoder: augment.apply_indicators(x, code) for (encoder, x), code in pairs}
+        indicator_o, indicator_m = views.indicators
+        target_o = augment.apply_indicators(view_o, indicator_o)
+        target_m = augment.apply_indicators(view_m, indicator_m)
+        return _with_hybrid(target_o, target_m, views.mix)
 
     def _skips(
-        self, features_o: Features, features_m: Features, lam: float
-    ) -> dict[str, Features] | dict[str, SkipResponses]:
+        self, features_o: AnyFeatures, features_m: AnyFeatures, lam: Tensor
+    ) -> dict[str, AnyFeatures] | dict[str, SkipResponses]:
         """What each decode takes from above the bottleneck.
 
         Fused, the hybrid's response to its mixed skips (Eq. 6) is the mix of the two responses:
         one convolution a level less (algorithms.md 6.4).
         """
-        if not self.recipe.fused:
-            mixed = mix_features(features_o, features_m, lam)
+        if not self.recipe.method.skip:
+            return {"o": features_o, "m": features_m, "h": features_o}  # the decoder reads none
+        if not _is_fused(self.recipe):
+            pairs = zip(features_o, features_m, strict=True)
+            mixed = type(features_o)._make(_mix(o, m, lam) for o, m in pairs)
             return {"o": features_o, "m": features_m, "h": mixed}
+        assert isinstance(self.student, UNet3d)
+        assert isinstance(features_o, Features) and isinstance(features_m, Features)
         response_o = self.student.decoder.skip_responses(features_o)
         response_m = self.student.decoder.skip_responses(features_m)
-        pairs = zip(response_o, response_m, strict=True)
-        response_h = SkipResponses(*(_mix(o, m, lam) for o, m in pairs))
+        responses = zip(response_o, response_m, strict=True)
+        response_h = SkipResponses(*(_mix(o, m, lam) for o, m in responses))
         return {"o": response_o, "m": response_m, "h": response_h}
 
-    def _reconstruct(self, attended: Tensor, skips: Features | SkipResponses) -> Tensor:
-        """Decode a bottleneck that went through TransAtt."""
+    def _reconstruct(
+        self,
+        bottlenecks: dict[str, Tensor],
+        skips: dict[str, AnyFeatures] | dict[str, SkipResponses],
+        targets: dict[str, Tensor],
+        prefix: str = "",
+    ) -> dict[str, Tensor]:
+        """Decode what the recipe lists; mean squared error of each, by its name there."""
+        return {
+            prefix + encoder: F.mse_loss(self._decode(x, skips[encoder]), targets[encoder])
+            for encoder, x in bottlenecks.items()
+            if prefix + encoder in self.recipe.method.reconstructions
+        }
+
+    def _decode(self, bottleneck: Tensor, skips: AnyFeatures | SkipResponses) -> Tensor:
+        """The reconstruction, float32 (B, 1, I, J, K) in [0, 1]; in 2D (B, 3, I, J), any value."""
         if isinstance(skips, SkipResponses):
-            decoded = self.student.decoder.decode(attended, skips)
+            assert isinstance(self.student, UNet3d)
+            decoded = self.student.decoder.decode(bottleneck, skips)
         else:
-            decoded = self.student.decoder(skips._replace(bottleneck=attended))
-        return torch.sigmoid(self.student.out(decoded).float())
+            decoded = self.student.decoder(skips._replace(bottleneck=bottleneck))
+        out: Tensor = self.student.out(decoded).float()
+        return torch.sigmoid(out) if isinstance(self.student, UNet3d) else out
 
-    @torch.no_grad()
-    def _encode_momentum(self, views: Views) -> Features:
-        """Encode in shuffled groups, so that a key's batch statistics do not give its query away.
+    def _embed(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Query, key and, if it is pushed, the hybrid's embedding, (B, E) each (Eq. 7)."""
+        embeddings = {"query": self.projector(seen["o"])}
+        with torch.no_grad():
+            embeddings["key"] = self.momentum_projector(seen["m"])
+            if "hybrid" in self.recipe.method.push:
+                embeddings["hybrid"] = self.projector(seen["h"])
+        return embeddings
 
-        On one device this is what shuffling over devices is in MoCo (row 22).
+    def _mixup_pass(self, views: Views, key: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The official code's second pass: the batch mixed with itself, without TransAtt.
+
+        Departs from that code in its target, which is not flipped and turned with the input there.
+
+        Returns:
+            Reconstruction losses and embeddings, by the recipe's names of them.
         """
-        shuffled = views.input_m[views.order]
-        groups = min(self.recipe.method.momentum_groups, len(shuffled) // 2)
-        parts = [self.momentum_encoder(part) for part in shuffled.chunk(groups)]
-        back = views.order.argsort()
-        return Features(*(torch.cat(level)[back] for level in zip(*parts, strict=True)))
+
+        def mixed(x: Tensor) -> Tensor:
+            return _mix(x, x[views.partner], views.mixup)
+
+        features_o: AnyFeatures = self.student.encoder(mixed(views.input_o))
+        features_m = self._encode_momentum(mixed(views.input_m), views.order)
+        bottlenecks = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
+        targets = _with_hybrid(mixed(views.clean_o), mixed(views.clean_m), views.mix)
+        skips = self._skips(features_o, features_m, views.mix)
+        reconstruction = self._reconstruct(bottlenecks, skips, targets, prefix="mixup_")
+        embeddings = {"mixup_query": self.projector(bottlenecks["o"])}
+        with torch.no_grad():
+            embeddings["mixup_key"] = self.momentum_projector(bottlenecks["m"])
+            embeddings["mixed_key"] = F.normalize(mixed(key), dim=1)
+        return reconstruction, embeddings
+
+    def _contrast(self, embeddings: dict[str, Tensor], scan: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the recipe's contrastive terms, and Z after this step."""
+        method = self.recipe.method
+        temperature = method.temperature
+        ignored = self.queue.is_of(scan) if method.mask_same_scan else None
+        negatives, normaliser = self.queue.vectors, self.normaliser
+        if method.contrast_loss == "nce":
+            normaliser = self._next_normaliser(embeddings)
+        terms, own = [], []
+        for term in method.contrasts:
+            query, key = (embeddings[name] for name in CONTRASTED[term])
+            if method.contrast_loss == "nce":
+                loss = binary_nce_loss(
+                    query, key, negatives, temperature, normaliser, ignored=ignored
+                )
+            else:
+                loss = nce_loss(query, key, negatives, temperature, ignored=ignored)
+            terms.append(loss)
+            if method.push_when == "each_term" and CONTRASTED[term][1] in method.push:
+                own.append(key)
+                negatives = self.queue.with_pushed(torch.cat(own))
+        return torch.stack(terms).mean(), normaliser
+
+    def _next_normaliser(self, embeddings: dict[str, Tensor]) -> Tensor:
+        """Z moved towards this batch's estimate, which it starts from (bug B1)."""
+        method = self.recipe.method
+        query, key = (embeddings[name] for name in CONTRASTED[method.contrasts[0]])
+        estimate = mean_candidate(query, key, self.queue.vectors, method.temperature)
+        moved = torch.lerp(estimate, self.normaliser, method.normaliser_momentum)
+        return torch.where(self.normaliser > 0, moved, estimate)
 
 
-def mix_features(ordinary: Features, momentum: Features, lam: float) -> Features:
-    """CrossMix (Eq. 6) on all four levels, before TransAtt."""
-    return Features(*(_mix(o, m, lam) for o, m in zip(ordinary, momentum, strict=True)))
+def _is_fused(recipe: AnyPretrain) -> bool:
+    return isinstance(recipe, PretrainRecipe) and recipe.fused
 
 
-def _mix(ordinary: Tensor, momentum: Tensor, lam: float) -> Tensor:
+def _with_hybrid(ordinary: Tensor, momentum: Tensor, lam: Tensor) -> dict[str, Tensor]:
+    """CrossMix (Eq. 5 and 6): both, and their mix."""
+    return {"o": ordinary, "m": momentum, "h": _mix(ordinary, momentum, lam)}
+
+
+def _mix(ordinary: Tensor, momentum: Tensor, lam: Tensor) -> Tensor:
     return lam * ordinary + (1.0 - lam) * momentum
-
-
-def _draw_mix(alpha: float, random: torch.Generator) -> float:
-    seed = int(torch.randint(2**62, (1,), generator=random))
-    return float(np.random.default_rng(seed).beta(alpha, alpha))

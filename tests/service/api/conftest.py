@@ -21,7 +21,15 @@ from starlette.testclient import TestClient
 from imaging.phantom import make, write_pair
 from imaging.phantom_dicom import write_dicom_zip
 from models import bundle
-from models.recipe import ClassifyRecipe, FinetuneRecipe, Preprocessing, PretrainRecipe, UNet3d
+from models.recipe import (
+    ClassifyRecipe,
+    FinetuneRecipe,
+    Preprocessing,
+    Preprocessing2d,
+    PretrainRecipe,
+    PretrainRecipe2d,
+    UNet3d,
+)
 from service import auth, db, migrate, registry, runs
 from service.app import create_app
 from service.auth import Role
@@ -220,6 +228,7 @@ def register(
     base_width: int = 8,
     activation: str = "softmax",
     run_id: Any = None,
+    is_2d: bool = False,
 ) -> None:
     """Put a bundle into the store and the registry. The API opens no model, so any bytes do."""
     network = UNet3d(base_width=base_width)
@@ -234,9 +243,9 @@ def register(
         activation=activation,  # type: ignore[arg-type]
         inputs=(bundle.TensorSpec(name="image", shape=("batch", 1, 16, 16, 16)),),
         outputs=(bundle.TensorSpec(name="output", shape=("batch", 2)),),
-        preprocessing=Preprocessing(),
-        patch_size=(16, 16, 16),
-        recipe=recipes[kind],
+        preprocessing=Preprocessing2d() if is_2d else Preprocessing(),
+        patch_size=(224, 224) if is_2d else (16, 16, 16),
+        recipe=PretrainRecipe2d() if is_2d else recipes[kind],
         lineage=bundle.Lineage(
             dataset_digest="0" * 64, seed=0, num_steps=1, code_version="0", torch_version="0"
         ),
