@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.presets import PRESETS
-from models.recipe import CropPairs, Pcrl, PretrainRecipe
+from models.recipe import CropPairs, Pcrl, PretrainRecipe, PretrainRecipe2d
 
 
 def recipe(preset: str = "paper", **method: Any) -> PretrainRecipe:
@@ -25,11 +25,19 @@ def test_nothing_given_is_the_paper() -> None:
 
 @pytest.mark.parametrize("preset", ["official", "recommended"])
 def test_a_preset_fills_in_method_crops_and_optimizer(preset: str) -> None:
-    filled = recipe(preset).model_dump()
-    plain = recipe("paper").model_dump()
+    filled, plain = recipe(preset).model_dump(), recipe("paper").model_dump()
+    in_2d, plain_2d = (
+        PretrainRecipe2d.model_validate({"method": {"preset": name}}).model_dump()
+        for name in (preset, "paper")
+    )
 
-    sections = {"method": filled["method"], "crops": filled["crops"], "optimizer": filled}
-    of_paper = {"method": plain["method"], "crops": plain["crops"], "optimizer": plain}
+    sections, of_paper = (
+        {
+            "method": three["method"], "crops": three["crops"], "optimizer": three,
+            "crops_2d": two["crops"], "optimizer_2d": two,
+        }
+        for three, two in ((filled, in_2d), (plain, plain_2d))
+    )  # fmt: skip
     for section, values in PRESETS[preset].items():
         for name, value in values.items():
             assert sections[section][name] == value, name
