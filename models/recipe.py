@@ -482,6 +482,9 @@ class FinetuneRecipe(_Finetuning):
     unlisted_labels: Literal["refuse", "background"] = "refuse"
     """What to do with label values that neither `labels` nor `regions` names."""
     preprocessing: Preprocessing = Preprocessing(intensity=Window(low_hu=-200.0, high_hu=200.0))
+    class_weights: dict[LabelName, PositiveFloat] = Field(default_factory=dict)
+    """Weights of labels in the cross-entropy, 1 where not given. A rare class (tumour) that starts
+    with a weight of some units is found in fewer steps."""
     patch_size: Size = (256, 256, 64)
     transfer: Literal["encoder", "encoder_decoder"] = "encoder"
     """Which part of the parent's weights is taken; the rest starts random."""
@@ -502,6 +505,8 @@ class FinetuneRecipe(_Finetuning):
             raise ValueError("name what to segment in labels or in regions, one of the two")
         if len(set(self.labels.values())) != len(self.labels):
             raise ValueError(f"two labels share a value: {sorted(self.labels.values())}")
+        if unknown := self.class_weights.keys() - self.labels.keys():
+            raise ValueError(f"class_weights names what labels does not: {sorted(unknown)}")
         return self
 
     @property

@@ -129,9 +129,16 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor
     return (1.0 - (2.0 * overlap + smooth) / (size + smooth)).mean()
 
 
-def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Dice loss plus voxel-wise cross-entropy, equally weighted; arguments as in `dice_loss`."""
-    return dice_loss(logits, target) + F.cross_entropy(logits.float(), target)
+def segmentation_loss(
+    logits: Tensor, target: Tensor, class_weights: Tensor | None = None
+) -> Tensor:
+    """Dice loss plus voxel-wise cross-entropy, equally weighted; arguments as in `dice_loss`.
+
+    `class_weights` (C,) weight the voxels of each class in the cross-entropy, whose mean is over
+    the weights.
+    """
+    entropy = F.cross_entropy(logits.float(), target, weight=class_weights)
+    return dice_loss(logits, target) + entropy
 
 
 def region_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:

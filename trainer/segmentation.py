@@ -47,6 +47,8 @@ class Segmentation:
         self._recipe, self._network = recipe, setting.network
         self._device = setting.device
         self._members = region_members(recipe)
+        weights = [1.0, *(recipe.class_weights.get(name, 1.0) for name in recipe.labels)]
+        self._class_weights = torch.tensor(weights, device=setting.device)  # background first
         self._cases = cases.read_all(
             setting.scans,
             lambda scan: store.labelled(scan, recipe),
@@ -82,7 +84,7 @@ class Segmentation:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             logits: Tensor = self._network(image)
         if recipe.labels:
-            return segmentation_loss(logits.float(), target)
+            return segmentation_loss(logits.float(), target, self._class_weights)
         regions = self._members.to(target.device)[:, target].movedim(0, 1)  # (B, R, I, J, K)
         return region_loss(logits.float(), regions)
 

@@ -224,3 +224,11 @@ def test_a_volume_is_preprocessed_once(
 
     assert len(first) == 2 and second == first
     assert len(stamps()) == 4
+
+
+def test_a_weight_of_an_unknown_class_is_refused(finetune_recipe: FinetuneRecipe) -> None:
+    fields = finetune_recipe.model_dump()
+
+    with pytest.raises(ValueError, match="class_weights names what labels does not: \\['cyst'\\]"):
+        FinetuneRecipe.model_validate({**fields, "class_weights": {"cyst": 2.0}})
+    FinetuneRecipe.model_validate({**fields, "class_weights": {"lesion": 2.0}})
