@@ -7,8 +7,10 @@
     nifti          NIfTI-1/2 in and out
     dicom          a DICOM series to a volume
     dicom_header   one DICOM object: header and pixels
+    dicom2d        a radiograph as its sender would have it shown
     dicom_stack    image planes to a grid (the only place where LPS becomes RAS)
     archive        the files of a zip, by place and never by name
+    image2d        one 2D image: PNG, JPEG, radiograph
     intake         whatever was sent (NIfTI, DICOM file, zip, folder) to one volume
     sandbox        the intake in a child process with limits
     resample       separable linear resampling between axis-parallel grids

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -137,7 +138,7 @@ def read_header(data: bytes, member: int) -> Header:
     """
     with quiet():
         try:
-            dataset = _parse(data, specific_tags=_TAGS, stop_before_pixels=True)
+            dataset = parse(data, specific_tags=_TAGS, stop_before_pixels=True)
             return _judge(dataset, member)
         except (ScanError, MemoryError):
             raise
@@ -151,14 +152,33 @@ def read_pixels(data: bytes, header: Header, indices: Sequence[int]) -> Iterator
     Raises:
         ScanError: `truncated_file`, `unsupported_transfer_syntax`.
     """
+    shape = (header.rows, header.columns)
     name = f"pixel data of file {header.member}"
+    yield from decode(data, shape, len(header.frames), indices, name)
+
+
+def decode(
+    data: bytes, shape: tuple[int, ...], num_frames: int, indices: Sequence[int], name: str
+) -> Iterator[Array]:
+    """Stored values of the frames asked for, one at a time, in that order.
+
+    Args:
+        data: The whole file.
+        shape: Of a frame by its header: (R, C), or (R, C, 3) for colours, which come as RGB.
+        num_frames: How many the file holds by its header.
+        indices: Which frames.
+        name: What messages call the pixel data.
+
+    Raises:
+        ScanError: `truncated_file`.
+    """
     with quiet():
         try:
-            dataset = _parse(data)
-            _check_length(dataset, header, name)
+            dataset = parse(data)
+            _check_length(dataset, math.prod(shape) * num_frames, name)
             plugin = _DECODERS.get(UID(str(dataset.file_meta.TransferSyntaxUID)), "")
             for pixels in iter_pixels(dataset, indices=list(indices), decoding_plugin=plugin):
-                yield pixels.reshape(header.rows, header.columns)
+                yield pixels.reshape(shape)
         except (ScanError, MemoryError):
             raise
         except Exception as error:  # codecs let anything out
@@ -179,7 +199,11 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _parse(data: bytes, **options: Any) -> Dataset:
+def parse(data: bytes, **options: Any) -> Dataset:
+    """The data set of a file, with a transfer syntax, and not inflated without end.
+
+    Call it within `quiet`; a damaged file makes pydicom raise anything.
+    """
     inflated = _inflate(data)
     if inflated is not None:
         dataset = pydicom.dcmread(BytesIO(inflated), force=True, **options)
@@ -213,14 +237,12 @@ def _inflate(data: bytes) -> bytes | None:
 
 
 def _judge(dataset: Dataset, member: int) -> Header:
-    meta = dataset.file_meta  # what anonymisers blank in the data set often still stands here
-    sop_class = UID(str(dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or ""))
+    meta = dataset.file_meta
+    sop_class = sop_class_of(dataset)
     if sop_class == MediaStorageDirectoryStorage:
         raise ScanError("not_a_scan", "a DICOMDIR, an index of other files")
     if sop_class not in SINGLE_FRAME | MULTI_FRAME:
-        is_known = sop_class.is_valid and sop_class.name != str(sop_class)
-        kind = f"of the kind {sop_class.name}" if is_known else "of an unknown kind"
-        raise ScanError("not_a_scan", f"a DICOM object {kind}; expected CT, MR or PET images")
+        raise ScanError("not_a_scan", f"{kind_of(sop_class)}; expected CT, MR or PET images")
     if "LOCALIZER" in [str(word).upper() for word in _many(dataset.get("ImageType"))]:
         raise ScanError("not_a_scan", "a localizer image")
     _check_pixel_format(dataset)
@@ -238,14 +260,27 @@ def _judge(dataset: Dataset, member: int) -> Header:
         series_uid=str(dataset.get("SeriesInstanceUID") or "")[:64],
         frame_of_reference=str(dataset.get("FrameOfReferenceUID", "")),
         modality=str(dataset.get("Modality", ""))[:16],
-        patient_key=_patient_key(str(dataset.get("PatientID") or "")),
+        patient_key=patient_key(str(dataset.get("PatientID") or "")),
         rows=rows,
         columns=columns,
         frames=tuple(_frame(dataset, index) for index in range(num_frames)),
     )
 
 
-def _check_pixel_format(dataset: Dataset) -> None:
+def sop_class_of(dataset: Dataset) -> UID:
+    """What kind of object it is; what anonymisers blank often still stands in the file meta."""
+    in_meta = dataset.file_meta.get("MediaStorageSOPClassUID")
+    return UID(str(dataset.get("SOPClassUID") or in_meta or ""))
+
+
+def kind_of(sop_class: UID) -> str:
+    """For messages: "a DICOM object of the kind RT Dose Storage"."""
+    is_known = sop_class.is_valid and sop_class.name != str(sop_class)
+    return f"a DICOM object {f'of the kind {sop_class.name}' if is_known else 'of an unknown kind'}"
+
+
+def check_transfer_syntax(dataset: Dataset) -> None:
+    """Refuse pixels that no decoder here reads (`unsupported_transfer_syntax`)."""
     syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
     try:
         is_readable = get_decoder(syntax).is_available
@@ -254,6 +289,10 @@ def _check_pixel_format(dataset: Dataset) -> None:
     if not is_readable:
         name = syntax.name if not syntax.is_private else "a private one"
         raise ScanError("unsupported_transfer_syntax", f"no decoder for transfer syntax {name}")
+
+
+def _check_pixel_format(dataset: Dataset) -> None:
+    check_transfer_syntax(dataset)
     photometric = str(dataset.get("PhotometricInterpretation", ""))
     if photometric != "MONOCHROME2" or int(dataset.get("SamplesPerPixel", 1)) != 1:
         raise ScanError("unsupported_format", "pixels are not MONOCHROME2 with one sample")
@@ -300,7 +339,7 @@ def _many(value: Any) -> Sequence[Any]:
     return list(value)
 
 
-def _patient_key(patient_id: str) -> str:
+def patient_key(patient_id: str) -> str:
     """A name for the patient that says nothing by itself; empty where none is known.
 
     Ids can be guessed and hashed again, so whoever stores this keys it first (HMAC).
@@ -310,13 +349,14 @@ def _patient_key(patient_id: str) -> str:
     return hashlib.sha256(f"pcrl patient {patient_id.strip()}".encode(errors="replace")).hexdigest()
 
 
-def _check_length(dataset: Dataset, header: Header, name: str) -> None:
+def _check_length(dataset: Dataset, num_samples: int, name: str) -> None:
     if "PixelData" not in dataset:
         raise ScanError("truncated_file", f"{name} are missing")
     if UID(str(dataset.file_meta.TransferSyntaxUID)).is_encapsulated:
         return
-    num_pixels = header.rows * header.columns * len(header.frames)
-    declared, found = num_pixels * int(dataset.BitsAllocated) // 8, len(dataset.PixelData)
+    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
+        num_samples = num_samples * 2 // 3  # two pixels share their colour
+    declared, found = num_samples * int(dataset.BitsAllocated) // 8, len(dataset.PixelData)
     if found < declared:
         raise ScanError(
             "truncated_file", f"{name} are {found} bytes; the header declares {declared}"

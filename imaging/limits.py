@@ -13,6 +13,9 @@ from imaging.errors import ScanError
 MAX_VOXELS = 512 * 512 * 2048
 """Voxels of one volume: 1 GiB in int16."""
 
+MAX_PIXELS = 1 << 26
+"""Pixels of one 2D image: four times a large mammogram; stitched long-leg radiographs have 3e7."""
+
 MAX_FILE_BYTES = 640 << 20
 """Unpacked size of one DICOM file: 1000 frames of 512 x 512 take 500 MiB."""
 

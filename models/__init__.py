@@ -3,6 +3,7 @@
     networks    the torch networks (the only torch here)
     recipe      what a training job asks for
     preprocess  scan to network input: the same function in training and in serving
+    preprocess2d  the same for a 2D image
     tiling      windows over a volume and their blending weights
     blend       the rolling sum of windows, and its way to the volume's grid
     bundle      a model on disk: ONNX, manifest, card, digests

@@ -33,6 +33,8 @@ TISSUE_HU = -150.0
 
 LabelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
 
 class Part(BaseModel):
     """Frozen, and no field it does not know."""
@@ -72,12 +74,59 @@ class Preprocessing(Part):
     intensity: Annotated[Window | ZScore, Field(discriminator="kind")] = Window()
 
 
+class OwnRange(Part):
+    """Intensities between an image's own least and greatest value, scaled to [0, 1]."""
+
+    kind: Literal["range"] = "range"
+
+
+class Percentiles(Part):
+    """Intensities between two percentiles of an image, scaled to [0, 1] and clipped."""
+
+    kind: Literal["percentiles"] = "percentiles"
+    low: Annotated[float, Field(ge=0.0, le=100.0)] = 0.5
+    high: Annotated[float, Field(ge=0.0, le=100.0)] = 99.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        return self
+
+
+class Normalisation(Part):
+    """(x - mean) / std of red, green and blue in [0, 1]; the defaults are ImageNet's."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+
+
+class Preprocessing2d(Part):
+    """From a 2D image to network input; the image is stretched to a square."""
+
+    size: Annotated[int, Field(ge=32, le=2048, multiple_of=32)] = 224
+    """Rows and columns of the square: of what is kept for training, and of serving's input."""
+    intensity: Annotated[OwnRange | Percentiles, Field(discriminator="kind")] = OwnRange()
+    normalisation: Normalisation | None = Normalisation()
+    """After the intensities lie in [0, 1]; None leaves them there."""
+
+
 class UNet3d(Part):
     """The 3D U-Net of Models Genesis that P uses: four levels of two 3x3x3 convolutions."""
 
     kind: Literal["unet3d"] = "unet3d"
     base_width: Annotated[int, Field(ge=2, le=128)] = 32
     """Channels of the first convolution; P: 32. The bottleneck has 16 times as many."""
+
+
+class ResNetUNet2d(Part):
+    """The U-Net on a ResNet-18 that P uses on radiographs."""
+
+    kind: Literal["resnet18_unet2d"] = "resnet18_unet2d"
+    in_channels: Literal[3] = 3
+    """Grey images are repeated, so that ImageNet's weights fit."""
+    width: Annotated[int, Field(ge=4, le=128, multiple_of=4)] = 64
+    """Channels of the first convolution; P: 64. The bottleneck has 8 times as many."""
 
 
 Reconstruction = Literal["o", "m", "h", "mixup_o", "mixup_h"]
@@ -226,6 +275,46 @@ class CropPairs(Part):
             raise ValueError(f"input_size {self.input_size} must be multiples of 8")
         if self.input_size[0] != self.input_size[1]:
             raise ValueError(f"input_size {self.input_size} needs I == J for quarter turns")
+        return self
+
+
+class ImageViews(Part):
+    """Two views of a 2D image (P section 7; algorithms.md 1.2, row 34).
+
+    A clean view is cropped, rotated and flipped; the corrupted one is painted and changed in colour
+    and sharpness besides.
+    """
+
+    kind: Literal["image_views"] = "image_views"
+    input_size: Annotated[int, Field(ge=32, le=1024, multiple_of=32)] = 224
+    crop_area: tuple[Annotated[float, Field(gt=0.0)], Share] = (0.2, 1.0)
+    """Least and greatest share of the image that a crop has."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Least and greatest ratio of a crop's columns to its rows."""
+    max_rotation_deg: Annotated[float, Field(ge=0.0, le=45.0)] = 10.0
+    flip_probability: Share = 0.5
+    """Of left and right changing places; radiographs are not turned upside down."""
+    outpaint_probability: Share = 0.5
+    """Noise outside a few windows; other images are cut out. P names both and gives no share."""
+    cutout_holes: Annotated[int, Field(ge=0, le=16)] = 3
+    cutout_size: PositiveInt = 32
+    """Rows and columns of a hole at `input_size`."""
+    grayscale_probability: Share = 0.2
+    blur_probability: Share = 0.5
+    blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+    """Least and greatest deviation, pixels."""
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.4
+    """Greatest change; of hue in turns. Saturation and hue change nothing in a grey image."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("crop_area", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not low <= high:
+                raise ValueError(f"{name} {low} to {high} must not fall")
         return self
 
 

@@ -1,5 +1,6 @@
 """Networks in torch: the only part of `models` that imports it.
 
-unet3d   the 3D U-Net: encoder, decoder and both together
-heads    what pretraining puts on top: projector and transformation-conditioned attention
+unet3d         the 3D U-Net: encoder, decoder and both together
+resnet_unet2d  the 2D U-Net on a ResNet-18: the same three
+heads          what pretraining puts on top: projector and transformation-conditioned attention
 """

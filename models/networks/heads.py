@@ -1,8 +1,9 @@
 """What pretraining puts on the bottleneck: the projector and PCRL's attention.
 
-None of it is exported; the served embedding is the pooled bottleneck.
+None of it is exported; the served embedding is the pooled bottleneck. The same heads serve 3D and
+2D bottlenecks, (B, C, I, J, K) and (B, C, R, C'), below: (B, C, ...).
 
-B batch, C channels of the bottleneck, E embedding, I J K voxels of the bottleneck, T indicators.
+B batch, C channels of the bottleneck, E embedding, T indicators, R C' rows and columns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from models.networks.unet3d import pooled
 NUM_INDICATORS = 7
 """Flips along I, J, K, then quarter turns 0, 90, 180, 270 degrees in the IJ plane (Fig. 3)."""
 
+NUM_INDICATORS_2D = 6
+"""Flips along rows and columns, then quarter turns."""
+
 Attention = Literal["outer", "se"]
 
 
@@ -30,7 +34,7 @@ class Projector(nn.Module):
         self.fc2 = nn.Linear(embedding_size, embedding_size)
 
     def forward(self, bottleneck: Tensor) -> Tensor:
-        """Embed (B, C, I, J, K) as (B, E) in float32, whatever precision the network runs in."""
+        """Embed (B, C, ...) as (B, E) in float32, whatever precision the network runs in."""
         projected = self.fc2(torch.relu(self.fc1(pooled(bottleneck))))
         return F.normalize(projected.float(), dim=1)
 
@@ -45,7 +49,9 @@ class TransAttention(nn.Module):
         channels: Channels of the bottleneck, C.
         kind: `outer` is the paper's Eq. 1-3; `se` the official code's squeeze-and-excitation.
         rank: Of the bilinear map of `outer`; None is the full C x C x C map.
-        post_conv: Whether the 3x3x3 convolution of Eq. 4 follows.
+        post_conv: Whether the convolution of Eq. 4, 3 pixels along each axis, follows.
+        num_indicators: Length of the indicator vector, T.
+        dims: Axes of the bottleneck, for that convolution.
     """
 
     def __init__(
@@ -55,28 +61,36 @@ class TransAttention(nn.Module):
         kind: Attention = "outer",
         rank: int | None = None,
         post_conv: bool = True,
+        num_indicators: int = NUM_INDICATORS,
+        dims: Literal[2, 3] = 3,
     ) -> None:
         super().__init__()
         self.gate: nn.Module = (
-            OuterGate(channels, rank) if kind == "outer" else SqueezeGate(channels)
+            OuterGate(channels, rank, num_indicators)
+            if kind == "outer"
+            else SqueezeGate(channels, num_indicators)
         )
+        convolution = nn.Conv3d if dims == 3 else nn.Conv2d
         self.post_conv: nn.Module = (
-            nn.Conv3d(channels, channels, kernel_size=3, padding=1) if post_conv else nn.Identity()
+            convolution(channels, channels, kernel_size=3, padding=1)
+            if post_conv
+            else nn.Identity()
         )
 
     def forward(self, bottleneck: Tensor, indicator: Tensor) -> Tensor:
-        """F^(l+1) of Eq. 4, (B, C, I, J, K), from F^l and the indicator vectors (B, T)."""
+        """F^(l+1) of Eq. 4, (B, C, ...), from F^l and the indicator vectors (B, T)."""
         gate = self.gate(bottleneck, indicator)  # (B, C)
-        out: Tensor = self.post_conv(bottleneck * gate[:, :, None, None, None])
+        everywhere = gate.reshape(*gate.shape, *[1] * (bottleneck.ndim - 2))
+        out: Tensor = self.post_conv(bottleneck * everywhere)
         return out
 
 
 class SqueezeGate(nn.Module):
     """sigmoid(FC(ReLU(FC(vec T)))), which does not look at the features."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, num_indicators: int = NUM_INDICATORS) -> None:
         super().__init__()
-        self.condition = _condition(channels)
+        self.condition = _condition(channels, num_indicators)
 
     def forward(self, bottleneck: Tensor, indicator: Tensor) -> Tensor:
         """(B, C) in (0, 1)."""
@@ -95,9 +109,11 @@ class OuterGate(nn.Module):
     from the paper in a ReLU between the two layers that make f^p, without which they are one.
     """
 
-    def __init__(self, channels: int, rank: int | None = None) -> None:
+    def __init__(
+        self, channels: int, rank: int | None = None, num_indicators: int = NUM_INDICATORS
+    ) -> None:
         super().__init__()
-        self.condition = _condition(channels)
+        self.condition = _condition(channels, num_indicators)
         self.bilinear: nn.Module = (
             _FullBilinear(channels) if rank is None else _LowRankBilinear(channels, rank)
         )
@@ -135,6 +151,6 @@ class _LowRankBilinear(nn.Module):
         return out
 
 
-def _condition(channels: int) -> nn.Sequential:
+def _condition(channels: int, num_indicators: int) -> nn.Sequential:
     hidden = max(channels // 2, 1)
-    return nn.Sequential(nn.Linear(NUM_INDICATORS, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+    return nn.Sequential(nn.Linear(num_indicators, hidden), nn.ReLU(), nn.Linear(hidden, channels))

@@ -171,11 +171,11 @@ def fold(network: UNet3d, form: Form = "windows") -> UNet3d:
 
 
 def pooled(bottleneck: Tensor) -> Tensor:
-    """Global average pooling, (B, C, I, J, K) to (B, C).
+    """Global average pooling, (B, C, ...) to (B, C), in 3D and in 2D.
 
     A plain mean: the backward pass of adaptive pooling is not deterministic on CUDA.
     """
-    return bottleneck.mean(dim=(2, 3, 4))
+    return bottleneck.mean(dim=tuple(range(2, bottleneck.ndim)))
 
 
 class _ConvNormReLU(nn.Module):

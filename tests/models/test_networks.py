@@ -160,6 +160,23 @@ def test_a_mix_of_skip_responses_decodes_like_the_mixed_skips() -> None:
     torch.testing.assert_close(decoded, plain.decoder(mixed), rtol=0, atol=1e-12)
 
 
+def test_without_skips_fused_folded_and_plain_are_one_function() -> None:
+    torch.manual_seed(0)
+    plain = UNet3d(1, 1, 4, "group", fused=False, skip=False).double()
+    fused = UNet3d(1, 1, 4, "group", fused=True, skip=False).double()
+    fused.load_state_dict(plain.state_dict())
+    image = torch.rand(2, 1, 8, 16, 24, dtype=torch.float64)
+
+    expected = plain(image)
+
+    for network in (fused, fold(plain), fold(fused)):
+        torch.testing.assert_close(network(image), expected, rtol=0, atol=1e-12)
+    with torch.device("meta"):
+        narrow, whole = UNet3d(skip=False), UNet3d()
+        of_skips = sum(27 * skip * skip for skip in (256, 128, 64))
+        assert count(whole) - count(narrow) == of_skips
+
+
 def test_fusing_saves_the_operations_that_it_promises() -> None:
     """algorithms.md 6.4: an inference decode falls from 210 to 132 GFLOP at 64x64x32."""
 

@@ -1,6 +1,6 @@
 """Tiny scans, recipes and reports for the trainer's tests."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,10 @@ import torch
 
 from imaging import nifti
 from models.recipe import FinetuneRecipe, PretrainRecipe
+from trainer.data.resident import Resident
+from trainer.data.sampling import PairSampler
+from trainer.methods.pcrl import Pcrl
+from trainer.methods.views import Views
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +99,33 @@ def finetune_recipe() -> FinetuneRecipe:
             "log_every": 1,
         }
     )
+
+
+World = tuple[Pcrl, Callable[[int], Views]]
+"""PCRL, and what makes the views of a step."""
+
+
+@pytest.fixture
+def build() -> Callable[..., World]:
+    """Tiny PCRL on two volumes of noise, with fields of the method as keywords."""
+
+    def make(crops: Mapping[str, Any] | None = None, **method: Any) -> World:
+        fields = pretrain_fields()
+        fields["method"] |= method
+        fields["crops"] |= {"max_tissue": None, **(crops or {})}
+        fields["fused"] = fields["method"].pop("fused", True)
+        recipe = PretrainRecipe.model_validate(fields)
+        torch.manual_seed(0)
+        random = np.random.default_rng(0)
+        volumes = [random.random((32, 32, 24)).astype(np.float16) for _ in range(2)]
+        resident = Resident.of(
+            volumes, fill=[0, 0], at_least=(24, 24, 16), device=torch.device("cpu")
+        )
+        pcrl = Pcrl(recipe).train()
+        sampler = PairSampler(recipe.crops, resident.shapes)
+        return pcrl, lambda step: pcrl.make_views(resident, sampler, step)
+
+    return make
 
 
 def pretrain_fields() -> dict[str, Any]:

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from models.recipe import CropPairs
-from trainer.data import augment
+from trainer.data import affine, augment
+from trainer.data.resident import Resident
+from trainer.data.sampling import Pairs
 from trainer.randomness import generator
 
 RECIPE = CropPairs(input_size=(16, 16, 16), crop_sizes=((16, 16, 16),))
@@ -91,6 +94,13 @@ def test_an_indicator_is_what_numpys_flip_and_rot90_do() -> None:
     for volume in actual:
         seen[volume.numpy().tobytes()] = seen.get(volume.numpy().tobytes(), 0) + 1
     assert len(seen) == 16 and set(seen.values()) == {2}
+    turned_first = [
+        np.flip(np.rot90(x[0, 0].numpy(), turns, axes=(0, 1)), 0)
+        for turns, flips in [(int(c[3:].argmax()), c[:3].tolist()) for c in codes]
+        if flips == [1, 0, 0]
+    ]
+    flipped_first = [e for e, c in zip(expected, codes, strict=True) if c[:3].tolist() == [1, 0, 0]]
+    assert not np.array_equal(turned_first, flipped_first)  # so the order of the two is checked
 
 
 def test_drawn_indicators_hold_exactly_one_quarter_turn() -> None:
@@ -133,6 +143,91 @@ def test_boxes_have_the_sizes_of_the_paper() -> None:
         assert (int(there[:, 0].min()), int(there[:, 2].min())) == low
         assert (int(there[:, 0].max()), int(there[:, 2].max())) == high
     assert (drawn.box_size[300:, 0] > 0).all()
+
+
+def test_turns_about_all_axes_equal_scipys_affine_transform() -> None:
+    """With its own matrix: R from Euler angles, the content scaled first, then turned."""
+    random = np.random.default_rng(0)
+    x = ndimage.gaussian_filter(random.random((20, 20, 12)), 2).astype(np.float32)
+    angles, scales = np.deg2rad([8.0, -6.0, 10.0]), np.array([1.1, -0.95, 0.9])
+
+    moved = affine.rotate_and_scale(
+        torch.from_numpy(x)[None],
+        torch.tensor(angles)[None].float(),
+        torch.tensor(scales)[None].float(),
+    )[0].numpy()
+
+    def expected(order: str) -> np.ndarray:
+        turn = Rotation.from_euler(order, angles if order == "xyz" else angles[::-1]).as_matrix()
+        back = np.diag(1 / scales) @ turn.T
+        centre = (np.array(x.shape) - 1) / 2
+        return ndimage.affine_transform(x, back, centre - back @ centre, order=1, cval=x.min())
+
+    inner = (slice(4, 16), slice(4, 16), slice(3, 9))
+    np.testing.assert_allclose(moved[inner], expected("xyz")[inner], atol=1e-5)
+    assert np.abs(moved - expected("zyx"))[inner].max() > 1e-3  # so the order of turns is checked
+    assert moved.min() >= x.min() - 1e-6
+
+
+def test_a_turn_about_k_alone_is_the_one_in_the_plane_with_its_flips() -> None:
+    x = random_batch(3, 12)[:, 0]
+    angle = torch.tensor([0.1, -0.17, 0.0])
+    flips = torch.tensor([[False, True], [True, False], [False, False]])
+    zero, one = torch.zeros(3), torch.ones(3)
+    signs = torch.stack([*torch.where(flips.T, -1.0, 1.0), one], dim=1)
+
+    in_plane = augment.rotate_in_plane(x, angle, flips)
+    about_k = affine.rotate_and_scale(x, torch.stack([zero, zero, angle], dim=1), signs)
+
+    torch.testing.assert_close(about_k, in_plane, atol=1e-5, rtol=0)
+    assert not torch.allclose(augment.rotate_in_plane(x, -angle, flips), in_plane, atol=1e-2)
+
+
+def test_geometry_stays_within_what_the_recipe_allows() -> None:
+    def draw(**fields: object) -> augment.Geometry:
+        recipe = CropPairs.model_validate({**RECIPE.model_dump(), **fields})
+        return augment.draw_geometry(recipe, 500, generator(0, 1, "geometry"))
+
+    paper = draw()
+    official = draw(flip_axes=("i",), rotation="all", max_scaling=0.1)
+
+    limit = np.deg2rad(10.0)
+    assert (paper.flips.float().mean(dim=0) > 0.4).all()
+    assert not paper.angles[:, :2].any() and (paper.scales == 1).all()
+    assert 0.95 * limit < float(paper.angles[:, 2].abs().max()) <= limit
+    assert not official.flips[:, 1:].any() and torch.equal(official.flips[:, 0], paper.flips[:, 0])
+    assert (official.angles.abs().amax(dim=0) > 0.95 * limit).all()
+    assert 0.9 <= float(official.scales.min()) < 0.91 and 1.09 < float(official.scales.max()) <= 1.1
+
+
+@pytest.mark.parametrize("flip_axes", [(), ("i",), ("i", "j", "k")])
+@pytest.mark.parametrize("rotation", ["in_plane", "all"])
+def test_unturned_clean_views_are_the_crops_flipped(flip_axes, rotation) -> None:
+    """And both boxes of a pair may have sizes of their own."""
+    sizes = ((16, 16, 16), (24, 24, 16))
+    recipe = CropPairs(
+        input_size=(16, 16, 16), crop_sizes=sizes, flip_axes=flip_axes, rotation=rotation,
+        flip_probability=1.0, max_rotation_deg=0.0, max_scaling=0.0,
+    )  # fmt: skip
+    volume = np.random.default_rng(0).random((32, 30, 20)).astype(np.float16)
+    resident = Resident.of([volume], fill=[0], at_least=(24, 24, 16), device=torch.device("cpu"))
+    start = torch.tensor([[[3, 5, 2], [4, 1, 0]], [[0, 2, 1], [7, 6, 4]]])
+    pairs = Pairs(torch.tensor([0, 0]), torch.tensor([[0, 1], [1, 0]]), start)
+    geometry = augment.draw_geometry(recipe, 2, generator(0, 1, "geometry"))
+
+    views = [augment.make_clean(resident, recipe, pairs, view, geometry) for view in (0, 1)]
+
+    axes = ["ijk".index(axis) for axis in flip_axes]
+    for b in (0, 1):
+        for view in (0, 1):
+            extent = sizes[int(pairs.size[b, view])]
+            i, j, k = start[b, view].tolist()
+            crop = torch.from_numpy(
+                volume[i : i + extent[0], j : j + extent[1], k : k + extent[2]].astype(np.float32)
+            )
+            matrices = [augment.resize_matrix(n, 16) for n in extent]
+            expected = torch.einsum("ai,bj,ck,ijk->abc", *matrices, crop).flip(axes)
+            torch.testing.assert_close(views[view][b, 0], expected, atol=1e-5, rtol=0)
 
 
 def test_generators_follow_from_seed_step_and_purpose() -> None:

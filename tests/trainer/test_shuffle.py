@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.shuffle import NUM_ORDERS, Windows, draw_windows, shuffle_pixels
+from trainer.data.shuffle import NUM_ORDERS, Windows, draw_windows, shuffle_pixels, shuffle_some
 from trainer.randomness import generator
 
 SHAPE = (30, 20, 24)
@@ -124,3 +124,15 @@ def test_every_voxel_of_a_window_is_read_equally_often() -> None:
     assert len(first) == NUM_ORDERS * len(orders) and int(counts.sum()) == len(first)
     expected = len(first) / 8
     assert float(((counts - expected) ** 2 / expected).sum()) < 24.3  # chi square, p = 0.001
+
+
+def test_only_the_chosen_views_are_shuffled_also_when_none_is() -> None:
+    views = [in_slices(numbered(3)), in_slices(numbered(3))]
+    chosen = torch.tensor([[False, True, False], [False, False, False]])
+
+    one, none = shuffle_some(views, chosen, generator(0, 1, "windows"))
+
+    assert torch.equal(none, views[1])
+    assert torch.equal(one[[0, 2]], views[0][[0, 2]])
+    assert not torch.equal(one[1], views[0][1])
+    assert torch.isin(one[1], views[0][1]).all()

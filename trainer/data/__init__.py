@@ -5,4 +5,6 @@ cache      each volume preprocessed once, content-addressed
 resident   all volumes in one flat tensor on the device; crops by one gather
 sampling   where crops and patches are cut: drawn as numbers
 augment    views from crops: drawn as numbers, then applied to the whole batch
+images2d   2D images: cache, tensor on the device, and which of them a step takes
+augment2d  views of 2D images, likewise
 """

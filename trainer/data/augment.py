@@ -1,9 +1,10 @@
 """Views from crops: the numbers are drawn first, then applied to the whole batch on the device.
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
-plane (one 2D interpolation with the slices as channels) or about all axes with a scaling (3D). The corrupted view is the clean one
-painted (boolean boxes) and blurred (one matrix an axis), in the order in which the paper lists
-them. The blur has its own matrices because the clean view, the target, must not have it.
+plane (one 2D interpolation with the slices as channels), or about all axes with a scaling (one 3D
+interpolation). The corrupted view is the clean one painted (boolean boxes) and blurred (one matrix
+an axis), in the order in which the paper lists them. The blur has its own matrices because the
+clean view, the target, must not have it.
 
 Clean views are indexed (B, 1, I, J, K) but lie in memory slice after slice, K before I and J: the
 rotation and the products along the axes need no copy then.
@@ -98,25 +99,41 @@ def draw_painting(recipe: CropPairs, batch_size: int, random: torch.Generator) -
 
 
 def draw_corruption(recipe: CropPairs, painting: Tensor, random: torch.Generator) -> Corruption:
-    """Boxes and blur of one view (row 33).
+    """Boxes and blur of one view (row 33)."""
+    start, size = draw_boxes(recipe.input_size, painting, random)
+    sigma = torch.rand(len(painting), 3, generator=random) * recipe.max_blur_sigma
+    return Corruption(painting, start, size, sigma)
+
+
+def draw_boxes(
+    shape: tuple[int, ...], painting: Tensor, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Boxes to paint over or windows to keep, in 3D and in 2D (row 33).
 
     Along an axis of n voxels a box to paint over is n//6 to n//3 long, a window to keep
     n - 4n//7 to n - 3n//7; both stay three voxels from the border where they fit.
+
+    Args:
+        shape: Of the images, of D axes.
+        painting: NONE, INPAINT or OUTPAINT, (B,).
+        random: Of the host.
+
+    Returns:
+        First voxel of each box and its extent, 0 where the box is not there, (B, N, D).
     """
     batch_size = len(painting)
-    n = torch.tensor(recipe.input_size)
+    n = torch.tensor(shape)
     outside = (painting == OUTPAINT)[:, None, None]  # (B, 1, 1)
     least = torch.where(outside, n - 4 * n // 7, n // 6)
     most = torch.where(outside, n - 3 * n // 7, n // 3)
-    u = torch.rand(2, batch_size, MAX_BOXES, 3, generator=random, dtype=torch.float64)
+    u = torch.rand(2, batch_size, MAX_BOXES, len(shape), generator=random, dtype=torch.float64)
     size = least + (u[0] * (most - least + 1)).long()
     border = torch.minimum(torch.full_like(size, 3), (n - size) // 2)
     start = border + (u[1] * (n - 2 * border - size + 1)).long()
     there = torch.rand(batch_size, MAX_BOXES, generator=random) < BOX_PROBABILITY
     there[:, 0] |= painting == OUTPAINT
     there &= (painting != NONE)[:, None]
-    sigma = torch.rand(batch_size, 3, generator=random) * recipe.max_blur_sigma
-    return Corruption(painting, start, size * there[:, :, None], sigma)
+    return start, size * there[:, :, None]
 
 
 def make_clean(
@@ -195,17 +212,21 @@ def inside_boxes(
     corruption: Corruption, shape: torch.Size, device: torch.device | str = "cpu"
 ) -> Tensor:
     """1 in voxels that lie in at least one box, else 0; float32 (B, I, J, K)."""
-    first = corruption.box_start.to(device)
-    last = first + corruption.box_size.to(device)
-    intervals = []
-    for axis, n in enumerate(shape):
-        position = torch.arange(n, device=device)
-        within = (position >= first[:, :, axis, None]) & (position < last[:, :, axis, None])
-        intervals.append(within.float())  # (B, N, n)
-    i, j, k = intervals
+    start, size = corruption.box_start.to(device), corruption.box_size.to(device)
+    i, j, k = intervals(start, size, shape)  # (B, N, n) each
     in_plane = i[:, :, :, None] * j[:, :, None, :]  # (B, N, I, J)
     boxes = k.mT @ in_plane.flatten(2)  # (B, K, I * J), boxes that hold a voxel
     return _by_voxel(boxes.clamp_(max=1).reshape(len(first), *_slices_of(shape)))
+
+
+def intervals(start: Tensor, size: Tensor, shape: torch.Size) -> list[Tensor]:
+    """What boxes (B, N, D) cover along each axis, ones and zeros (B, N, n)."""
+    covered = []
+    for axis, n in enumerate(shape):
+        first = start[:, :, axis, None]
+        position = torch.arange(n, device=start.device)
+        covered.append((position >= first) & (position < first + size[:, :, axis, None]))
+    return [along.float() for along in covered]
 
 
 def along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
@@ -311,21 +332,29 @@ def rotate_in_plane(x: Tensor, angle: Tensor, flips: Tensor | None = None) -> Te
     return _by_voxel(turned.add_(floor))
 
 
-def draw_indicators(batch_size: int, random: torch.Generator) -> Tensor:
-    """Indicator vectors of T: flips along I, J, K, then one of four quarter turns, (B, 7)."""
-    flips = (torch.rand(batch_size, 3, generator=random) < 0.5).float()
+def draw_indicators(batch_size: int, random: torch.Generator, *, dims: int = 3) -> Tensor:
+    """Indicator vectors of T: flips along every axis, then one of four quarter turns.
+
+    Returns:
+        (B, 7) in 3D; (B, 6) in 2D, with flips along rows and columns.
+    """
+    flips = (torch.rand(batch_size, dims, generator=random) < 0.5).float()
     turns = torch.randint(4, (batch_size,), generator=random)
     return torch.cat([flips, F.one_hot(turns, 4).float()], dim=1)
 
 
 def apply_indicators(x: Tensor, indicator: Tensor) -> Tensor:
-    """T(X): flip along the marked axes, then turn as `np.rot90` does in the IJ plane.
+    """T(X): flip along the marked axes, then turn as `np.rot90` does in the plane of the first two.
 
     Args:
-        x: (B, 1, I, J, K), I == J.
-        indicator: (B, 7) as `draw_indicators` makes them.
+        x: (B, C, I, J, K) or, in 2D, (B, C, I, J); I == J.
+        indicator: (B, 7) or (B, 6) as `draw_indicators` makes them.
     """
-    batch, _, n, _, depth = x.shape
+    if x.ndim == 4:
+        unturned = torch.zeros_like(indicator[:, :1])
+        deep = torch.cat([indicator[:, :2], unturned, indicator[:, 2:]], dim=1)
+        return apply_indicators(x[..., None], deep)[..., 0]
+    batch, channels, n, _, depth = x.shape
     device = x.device
     flips = indicator[:, :3].bool().to(device)
     turns = indicator[:, 3:].argmax(dim=1).to(device)[:, None, None]
@@ -337,8 +366,10 @@ def apply_indicators(x: Tensor, indicator: Tensor) -> Tensor:
     from_j = torch.where(flips[:, 1, None, None], n - 1 - from_j, from_j)
     slices = torch.arange(depth, device=device)[None, :]
     from_k = torch.where(flips[:, 2, None], depth - 1 - slices, slices)  # (B, K)
-    sample = torch.arange(batch, device=device)[:, None, None, None]
-    return x[:, 0][sample, from_i[..., None], from_j[..., None], from_k[:, None, None, :]][:, None]
+    sample = torch.arange(batch, device=device)[:, None, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None, None]
+    in_plane = (from_i[:, None, :, :, None], from_j[:, None, :, :, None])
+    return x[sample, channel, *in_plane, from_k[:, None, None, None, :]]
 
 
 def _flipped(matrix: Tensor, flip: Tensor) -> Tensor:

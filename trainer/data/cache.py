@@ -116,16 +116,21 @@ class VolumeCache:
         """Facts first: the presence of the array says that both are whole."""
         if facts is not None:
             _write_by_rename(self._facts(key), json.dumps(facts).encode())
-        descriptor, name = tempfile.mkstemp(prefix=".draft-", dir=self._folder)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.save(file, np.ascontiguousarray(array))
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).rename(self._path(key))
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        publish_array(self._path(key), array)
+
+
+def publish_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a `.npy` file that is either whole or not there."""
+    descriptor, name = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.save(file, np.ascontiguousarray(array))
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).rename(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _key(*parts: str) -> str:
