@@ -216,7 +216,7 @@ def inside_boxes(
     i, j, k = intervals(start, size, shape)  # (B, N, n) each
     in_plane = i[:, :, :, None] * j[:, :, None, :]  # (B, N, I, J)
     boxes = k.mT @ in_plane.flatten(2)  # (B, K, I * J), boxes that hold a voxel
-    return _by_voxel(boxes.clamp_(max=1).reshape(len(first), *_slices_of(shape)))
+    return _by_voxel(boxes.clamp_(max=1).reshape(len(start), *_slices_of(shape)))
 
 
 def intervals(start: Tensor, size: Tensor, shape: torch.Size) -> list[Tensor]:
