@@ -50,14 +50,14 @@ part() {
 }
 
 # No conftest and no settings of the project: they want the service's packages and pytest's plugins.
-part tests 150 "$python" -m pytest -q -p no:cacheprovider --noconftest -c /dev/null --rootdir=. \
+part tests "$((smoke == 1 ? 300 : 90))" "$python" -m pytest -q -p no:cacheprovider --noconftest -c /dev/null --rootdir=. \
     --import-mode=importlib -W ignore::pytest.PytestUnknownMarkWarning tests/trainer/test_on_gpu.py
 if [ "$smoke" = 1 ]; then
     part step 1200 "$python" -m benchmarks.bench_step --json --smoke --limit-s "${LIMIT_S:-60}"
     part input 600 "$python" -m benchmarks.bench_input --json --smoke \
         --pairs 2 --rounds 2 --steps 1 --width 2 --batch 2
 else
-    part step 300 "$python" -m benchmarks.bench_step --json --limit-s "${LIMIT_S:-90}"
+    part step 260 "$python" -m benchmarks.bench_step --json --limit-s "${LIMIT_S:-90}"
     part input 120 "$python" -m benchmarks.bench_input --json --rounds 3
 fi
 
