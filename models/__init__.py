@@ -11,6 +11,7 @@
     onnx_wire   whether an ONNX file wants tensors from other files
     session     an onnxruntime session with verified providers (the only onnxruntime here)
     predict     segment or embed a whole volume with a session
+    splits      which subjects train, validate and test
     refs        how a model is named: models:/liver@champion
 
 No web, no SQL, no queue.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from imaging.resample import argmax_on_grid
 from imaging.volume import Grid, Shape
-from models.bundle import BundleError
+from models.bundle import BundleError, volume_input
 from models.preprocess import Prepared
 from models.session import OnnxSession
 from models.tiling import gaussian_weights, margins, pad, window_starts
@@ -55,7 +55,8 @@ def blended_slabs(session: OnnxSession, prepared: Prepared, counter: Counter) ->
     blend = sum over windows of weight * logits / sum over windows of weight
     """
     manifest = session.manifest
-    patch, num_classes = manifest.patch_size, 1 + len(manifest.labels)
+    _, patch = volume_input(manifest)
+    num_classes = 1 + len(manifest.labels)
     padded = pad(prepared.array, patch, prepared.background)
     inside_i, inside_j, inside_k = (
         slice(before, before + size)
@@ -106,7 +107,7 @@ class _WindowRunner:
         self._padded = padded
         self._background = np.float32(background)
         self._counter = counter
-        self._patch = session.manifest.patch_size
+        _, self._patch = volume_input(session.manifest)
         self._logits_of_air: Float32Array | None = None
         self._occupied: set[Starts] = set()
         self._num_left = 0

@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from models.recipe import FinetuneRecipe, Part, Preprocessing, PretrainRecipe, Size
+from models.recipe import Part, Preprocessing, Preprocessing2d, Recipe, Size, Size2d
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -85,15 +85,21 @@ class Manifest(Part):
     """Everything a server must know about a model."""
 
     schema_version: Literal[1] = 1
-    kind: Literal["encoder", "segmenter"]
+    kind: Literal["encoder", "segmenter", "classifier"]
     labels: tuple[str, ...] = ()
-    """Class names in the order of the output channels after background (segmenter)."""
+    """Names in the order of the output: a classifier's labels, a segmenter's classes (after
+    background where `activation` is softmax)."""
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes probabilities of the logits: softmax where labels exclude each other, sigmoid
+    where several may hold."""
+    channels: tuple[str, ...] = ("image",)
+    """Names of the input's channels, in order."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    preprocessing: Preprocessing
-    patch_size: Size
+    preprocessing: Preprocessing | Preprocessing2d
+    patch_size: Size | Size2d
     overlap: float = Field(0.5, ge=0.0, lt=1.0)
-    recipe: PretrainRecipe | FinetuneRecipe = Field(discriminator="kind")
+    recipe: Recipe
     lineage: Lineage
     metrics: dict[str, Metric] = Field(default_factory=dict)
     parity: tuple[Parity, ...]
@@ -177,14 +183,31 @@ def onnx_metadata(manifest: Manifest) -> dict[str, str]:
     The exporter writes them; a session refuses a file whose statements differ.
     """
     spec = manifest.preprocessing
-    return {
+    facts = {
         "kind": manifest.kind,
         "labels": ",".join(manifest.labels),
-        "orientation": spec.orientation,
-        "spacing_mm": ",".join(f"{size:g}" for size in spec.spacing_mm),
+        "activation": manifest.activation,
+        "channels": ",".join(manifest.channels),
         "intensity": spec.intensity.model_dump_json(),
         "patch_size": ",".join(str(size) for size in manifest.patch_size),
     }
+    if isinstance(spec, Preprocessing2d):
+        normalisation = "" if spec.normalisation is None else spec.normalisation.model_dump_json()
+        return {**facts, "size": str(spec.size), "normalisation": normalisation}
+    spacing = ",".join(f"{size:g}" for size in spec.spacing_mm)
+    return {**facts, "orientation": spec.orientation, "spacing_mm": spacing}
+
+
+def volume_input(manifest: Manifest) -> tuple[Preprocessing, Size]:
+    """How a model that reads volumes wants them: preprocessing, and extent of a window.
+
+    Raises:
+        BundleError: `wrong_model_kind`, the model reads 2D images.
+    """
+    spec, patch = manifest.preprocessing, manifest.patch_size
+    if isinstance(spec, Preprocessing2d) or len(patch) == 2:
+        raise BundleError("wrong_model_kind", "the model reads 2D images, and a scan is a volume")
+    return spec, patch
 
 
 def _fsync(path: Path) -> None:

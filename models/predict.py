@@ -28,7 +28,7 @@ from models.blend import (
     shape_of,
     window,
 )
-from models.bundle import BundleError
+from models.bundle import BundleError, volume_input
 from models.preprocess import prepare
 from models.session import OnnxSession
 from models.tiling import pad, window_starts
@@ -90,9 +90,11 @@ def segment(
     """
     names = session.manifest.labels
     _require_kind(session, "segmenter")
+    _require_one_channel_and_exclusive_labels(session)
+    spec, _ = volume_input(session.manifest)
     clock = _Clock()
     with clock.stage("preprocess"):
-        prepared = prepare(volume, session.manifest.preprocessing)
+        prepared = prepare(volume, spec)
     labels = np.zeros(volume.shape, dtype=np.uint8)
     resampler = PlaneResampler(prepared.grid, volume.grid, labels)
     counter = Counter(progress, should_stop)
@@ -138,10 +140,10 @@ def embed(
         Stopped: `should_stop` turned true.
     """
     _require_kind(session, "encoder")
+    spec, patch = volume_input(session.manifest)
     clock = _Clock()
     with clock.stage("preprocess"):
-        prepared = prepare(volume, session.manifest.preprocessing)
-        patch = session.manifest.patch_size
+        prepared = prepare(volume, spec)
         padded = pad(prepared.array, patch, prepared.background)
         starts = window_starts(shape_of(padded), patch, overlap)
         threshold = prepared.background + FOREGROUND_ABOVE
@@ -190,4 +192,19 @@ def _require_kind(session: OnnxSession, kind: str) -> None:
     if session.manifest.kind != kind:
         raise BundleError(
             "wrong_model_kind", f"the model is of kind {session.manifest.kind}, not {kind}"
+        )
+
+
+def _require_one_channel_and_exclusive_labels(session: OnnxSession) -> None:
+    """A scan here is one image, and a mask holds one label a voxel; refuse what needs more."""
+    channels, names = session.manifest.channels, session.manifest.labels
+    if len(channels) > 1:
+        raise BundleError(
+            "wrong_model_kind",
+            f"the model reads {len(channels)} images of a scan ({', '.join(channels)}), not one",
+        )
+    if session.manifest.activation == "sigmoid":
+        raise BundleError(
+            "wrong_model_kind",
+            f"the model's regions ({', '.join(names)}) may overlap; a mask holds one label a voxel",
         )

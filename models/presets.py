@@ -11,7 +11,8 @@
   queue takes keys alone and so spans more than one epoch rather than half of one, and crops of a
   query's own scan are not its negatives.
 
-A section names a part of `PretrainRecipe`; `optimizer` stands for the recipe's own fields.
+A section names a part of `PretrainRecipe`; `optimizer` stands for the recipe's own fields. Those
+with `_2d` are of `PretrainRecipe2d`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 Defaults = Mapping[str, object]
 
 PRESETS: Mapping[str, Mapping[str, Defaults]] = {
-    "paper": {"method": {}, "crops": {}, "optimizer": {}},
+    "paper": {"method": {}, "crops": {}, "optimizer": {}, "crops_2d": {}, "optimizer_2d": {}},
     "official": {
         "method": {
             "attention": "se",
@@ -53,6 +54,9 @@ PRESETS: Mapping[str, Mapping[str, Defaults]] = {
         },
         # 241 epochs of 9,968 pairs in batches of 16.
         "optimizer": {"batch_size": 16, "num_steps": 150_143},
+        "crops_2d": {"outpaint_probability": 0.0},
+        # 241 epochs of 78,468 images in batches of 64.
+        "optimizer_2d": {"batch_size": 64, "num_steps": 295_481},
     },
     "recommended": {
         "method": {
@@ -64,6 +68,8 @@ PRESETS: Mapping[str, Mapping[str, Defaults]] = {
         },
         "crops": {},
         "optimizer": {},
+        "crops_2d": {},
+        "optimizer_2d": {},
     },
 }
 

@@ -12,26 +12,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     model_validator,
 )
 
 from models import presets
 
 Size = tuple[PositiveInt, PositiveInt, PositiveInt]
+Size2d = tuple[PositiveInt, PositiveInt]
 SpacingMm = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 TISSUE_HU = -150.0
 """Soft tissue lies above (P's LUNA rule)."""
 
 LabelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+LabelValue = Annotated[int, Field(ge=1, le=255)]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -118,6 +122,16 @@ class UNet3d(Part):
     base_width: Annotated[int, Field(ge=2, le=128)] = 32
     """Channels of the first convolution; P: 32. The bottleneck has 16 times as many."""
 
+    @property
+    def dims(self) -> Literal[2, 3]:
+        """Spatial axes."""
+        return 3
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the bottleneck."""
+        return 16 * self.base_width
+
 
 class ResNetUNet2d(Part):
     """The U-Net on a ResNet-18 that P uses on radiographs."""
@@ -127,6 +141,16 @@ class ResNetUNet2d(Part):
     """Grey images are repeated, so that ImageNet's weights fit."""
     width: Annotated[int, Field(ge=4, le=128, multiple_of=4)] = 64
     """Channels of the first convolution; P: 64. The bottleneck has 8 times as many."""
+
+    @property
+    def dims(self) -> Literal[2, 3]:
+        """Spatial axes."""
+        return 2
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the bottleneck."""
+        return 8 * self.width
 
 
 Reconstruction = Literal["o", "m", "h", "mixup_o", "mixup_h"]
@@ -244,6 +268,7 @@ class Pcrl(Part):
 class CropPairs(Part):
     """Two overlapping crops of a scan, resized to the input size (P section 7; rows 24-33)."""
 
+    kind: Literal["crop_pairs"] = "crop_pairs"
     crop_sizes: Annotated[tuple[Size, ...], Field(min_length=1)] = (
         (64, 64, 32), (96, 96, 48), (96, 96, 96), (32, 32, 16), (112, 112, 56),
     )  # fmt: skip
@@ -278,14 +303,9 @@ class CropPairs(Part):
         return self
 
 
-class ImageViews(Part):
-    """Two views of a 2D image (P section 7; algorithms.md 1.2, row 34).
+class ImageCrops(Part):
+    """How 2D images are cropped, rotated and flipped (algorithms.md 1.2, row 34)."""
 
-    A clean view is cropped, rotated and flipped; the corrupted one is painted and changed in colour
-    and sharpness besides.
-    """
-
-    kind: Literal["image_views"] = "image_views"
     input_size: Annotated[int, Field(ge=32, le=1024, multiple_of=32)] = 224
     crop_area: tuple[Annotated[float, Field(gt=0.0)], Share] = (0.2, 1.0)
     """Least and greatest share of the image that a crop has."""
@@ -294,6 +314,22 @@ class ImageViews(Part):
     max_rotation_deg: Annotated[float, Field(ge=0.0, le=45.0)] = 10.0
     flip_probability: Share = 0.5
     """Of left and right changing places; radiographs are not turned upside down."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("crop_area", "crop_ratio"):
+            _require_order(name, getattr(self, name))
+        return self
+
+
+class ImageViews(ImageCrops):
+    """Two views of a 2D image (P section 7; algorithms.md 1.2, row 34).
+
+    A clean view is cropped, rotated and flipped; the corrupted one is painted and changed in colour
+    and sharpness besides.
+    """
+
+    kind: Literal["image_views"] = "image_views"
     outpaint_probability: Share = 0.5
     """Noise outside a few windows; other images are cut out. P names both and gives no share."""
     cutout_holes: Annotated[int, Field(ge=0, le=16)] = 3
@@ -310,33 +346,31 @@ class ImageViews(Part):
     """Greatest change; of hue in turns. Saturation and hue change nothing in a grey image."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        for name in ("crop_area", "crop_ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            if not low <= high:
-                raise ValueError(f"{name} {low} to {high} must not fall")
+    def _ordered_blur(self) -> Self:
+        _require_order("blur_sigma", self.blur_sigma)
         return self
 
 
-class PretrainRecipe(Part):
-    """Self-supervised pretraining; the defaults are P's, or those of `method.preset`."""
+def _require_order(name: str, limits: tuple[float, float]) -> None:
+    low, high = limits
+    if not low <= high:
+        raise ValueError(f"{name} {low} to {high} must not fall")
+
+
+class _Pretraining(Part):
+    """What pretraining has in 3D and in 2D."""
 
     kind: Literal["pretrain"] = "pretrain"
     method: Pcrl = Pcrl()
-    network: UNet3d = UNet3d()
-    preprocessing: Preprocessing = Preprocessing()
-    crops: CropPairs = CropPairs()
-    num_steps: PositiveInt = 74_400
-    """240 epochs of 310 steps (P on LUNA)."""
     batch_size: Annotated[int, Field(ge=2)] = 32
     learning_rate: PositiveFloat = 1e-3
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
-    fused: bool = True
-    """Compute the decoder's up-convolutions fused: the same function, a third fewer operations."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     checkpoint_every: PositiveInt = 500
     log_every: PositiveInt = 10
+
+    _dims: ClassVar[Literal[2, 3]] = 3
 
     @model_validator(mode="before")
     @classmethod
@@ -347,17 +381,34 @@ class PretrainRecipe(Part):
         preset = (
             method.get("preset") if isinstance(method, Mapping) else getattr(method, "preset", None)
         )
+        in_2d = "_2d" if cls._dims == 2 else ""
         if isinstance(crops, Mapping):
-            crops = presets.filled(crops, preset, "crops")
-        return presets.filled({**given, "crops": crops}, preset, "optimizer")
+            crops = presets.filled(crops, preset, f"crops{in_2d}")
+        return presets.filled({**given, "crops": crops}, preset, f"optimizer{in_2d}")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _queue_holds_a_step(self) -> Self:
         pushed = len(self.method.push) * self.batch_size
         if self.method.queue_size < pushed:
             raise ValueError(
                 f"queue_size {self.method.queue_size} is below the {pushed} vectors of one step"
             )
+        return self
+
+
+class PretrainRecipe(_Pretraining):
+    """Self-supervised pretraining; the defaults are P's, or those of `method.preset`."""
+
+    network: UNet3d = UNet3d()
+    preprocessing: Preprocessing = Preprocessing()
+    crops: CropPairs = CropPairs()
+    num_steps: PositiveInt = 74_400
+    """240 epochs of 310 steps (P on LUNA)."""
+    fused: bool = True
+    """Compute the decoder's up-convolutions fused: the same function, a third fewer operations."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
         if self.crops.max_tissue is not None:
             window = self.preprocessing.intensity
             if not isinstance(window, Window) or not window.low_hu < TISSUE_HU < window.high_hu:
@@ -365,43 +416,205 @@ class PretrainRecipe(Part):
         return self
 
 
-class FinetuneRecipe(Part):
-    """Segmentation fine-tuning on a few labelled scans."""
+class PretrainRecipe2d(_Pretraining):
+    """Self-supervised pretraining on 2D images; `network` says that it is 2D."""
 
-    kind: Literal["finetune"] = "finetune"
-    labels: Annotated[dict[LabelName, Annotated[int, Field(ge=1, le=255)]], Field(min_length=1)]
-    """Name of each class and its value in the label volumes, in the order of the output."""
-    unlisted_labels: Literal["refuse", "background"] = "refuse"
-    """What to do with label values that `labels` does not name."""
-    network: UNet3d = UNet3d()
-    preprocessing: Preprocessing = Preprocessing(intensity=Window(low_hu=-200.0, high_hu=200.0))
-    patch_size: Size = (256, 256, 64)
-    transfer: Literal["encoder", "encoder_decoder"] = "encoder"
-    """Which part of the parent's weights is taken; the rest starts random."""
+    network: ResNetUNet2d = ResNetUNet2d()
+    preprocessing: Preprocessing2d = Preprocessing2d()
+    crops: ImageViews = ImageViews()
+    num_steps: PositiveInt = 73_564
+    """240 epochs of P's 78,468 images of Chest14."""
+    batch_size: Annotated[int, Field(ge=2)] = 256
+
+    _dims: ClassVar[Literal[2, 3]] = 2
+
+    @model_validator(mode="after")
+    def _has_skips(self) -> Self:
+        if not self.method.skip:
+            raise ValueError(f"skip false is for unet3d alone; this is {self.network.kind}")
+        return self
+
+
+class SplitShares(Part):
+    """How subjects are split where the scans themselves do not say; scaled to sum to one."""
+
+    train: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    val: Share = 0.1
+    test: Share = 0.2
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+class _Finetuning(Part):
+    """What every fine-tuning has; the defaults are P's."""
+
+    channels: Annotated[tuple[LabelName, ...], Field(min_length=1)] = ("image",)
+    """Images of one scan on one grid, in the order of the network's input (BraTS: modalities)."""
+    split: SplitShares = SplitShares()
     num_steps: PositiveInt = 10_000
-    batch_size: PositiveInt = 4
     learning_rate: PositiveFloat = 1e-4
+    """Of Adam."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Of the learning rate; P keeps it, a cosine ends better when steps are few."""
-    foreground_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.66
-    """Share of patches centred on a labelled voxel, the classes taking turns."""
-    flip_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Of the sliding windows in validation and in serving."""
     validate_every: PositiveInt = 500
-    fused: bool = True
-    """Compute the decoder's up-convolutions fused: the same function, a third fewer operations."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     checkpoint_every: PositiveInt = 500
     log_every: PositiveInt = 10
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if any(size % 8 for size in self.patch_size):
-            raise ValueError(f"patch_size {self.patch_size} must be multiples of 8")
-        if len(set(self.labels.values())) != len(self.labels):
-            raise ValueError(f"two labels share a value: {sorted(self.labels.values())}")
+    def _distinct_channels(self) -> Self:
+        if len(set(self.channels)) != len(self.channels):
+            raise ValueError(f"a channel is named twice: {', '.join(self.channels)}")
         return self
 
 
-Recipe = Annotated[PretrainRecipe | FinetuneRecipe, Field(discriminator="kind")]
+class FinetuneRecipe(_Finetuning):
+    """Segmentation fine-tuning on a few labelled scans; the defaults are P's for LiTS."""
+
+    kind: Literal["finetune"] = "finetune"
+    network: UNet3d = UNet3d()
+    labels: dict[LabelName, LabelValue] = Field(default_factory=dict)
+    """Name of each class and its value in the label volumes, in the order of the output."""
+    regions: dict[LabelName, Annotated[tuple[LabelValue, ...], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+    """Instead of `labels`: classes that may overlap, each a union of values (BraTS: whole tumour,
+    core, enhancing). One sigmoid channel each, trained with Dice and binary cross-entropy."""
+    unlisted_labels: Literal["refuse", "background"] = "refuse"
+    """What to do with label values that neither `labels` nor `regions` names."""
+    preprocessing: Preprocessing = Preprocessing(intensity=Window(low_hu=-200.0, high_hu=200.0))
+    class_weights: dict[LabelName, PositiveFloat] = Field(default_factory=dict)
+    """Weights of labels in the cross-entropy, 1 where not given. A rare class (tumour) that starts
+    with a weight of some units is found in fewer steps."""
+    patch_size: Size = (256, 256, 64)
+    transfer: Literal["encoder", "encoder_decoder"] = "encoder"
+    """Which part of the parent's weights is taken; the rest starts random."""
+    batch_size: PositiveInt = 4
+    foreground_share: Share = 0.66
+    """Share of patches centred on a labelled voxel, the classes taking turns."""
+    flip_probability: Share = 0.0
+    overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Of the sliding windows in validation and in serving."""
+    fused: bool = True
+    """Compute the decoder's up-convolutions fused: the same function, a third fewer operations."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if any(size % 8 for size in self.patch_size):
+            raise ValueError(f"patch_size {self.patch_size} must be multiples of 8")
+        if bool(self.labels) == bool(self.regions):
+            raise ValueError("name what to segment in labels or in regions, one of the two")
+        if len(set(self.labels.values())) != len(self.labels):
+            raise ValueError(f"two labels share a value: {sorted(self.labels.values())}")
+        if unknown := self.class_weights.keys() - self.labels.keys():
+            raise ValueError(f"class_weights names what labels does not: {sorted(unknown)}")
+        return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the labels or regions, in the order of the output."""
+        return tuple(self.labels or self.regions)
+
+    @property
+    def values(self) -> dict[str, int]:
+        """Name and value of every class that a label volume may hold.
+
+        Of regions these are the values in them, each a class of its own named after its value.
+        """
+        if self.labels:
+            return dict(self.labels)
+        listed = sorted({value for values in self.regions.values() for value in values})
+        return {f"value {value}": value for value in listed}
+
+
+class _Classifying(_Finetuning):
+    """Classification in 3D and in 2D: an encoder, its features pooled, one linear layer."""
+
+    kind: Literal["classify"] = "classify"
+    labels: Annotated[tuple[LabelName, ...], Field(min_length=1)]
+    """Names as they head the columns of the list of examples; one logit each."""
+    exclusive: bool = False
+    """Whether exactly one label holds for each example (softmax); else each may (sigmoid)."""
+    norm: Literal["batch", "group"] = "batch"
+    """P keeps batch norm where batches are large."""
+    batch_size: PositiveInt = 32
+    balanced: bool = True
+    """Draw examples with and without each label equally often, the labels taking turns;
+    validation and test keep the examples as they are."""
+
+    @model_validator(mode="after")
+    def _clear_labels(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"a label is named twice: {', '.join(self.labels)}")
+        if self.exclusive and len(self.labels) < 2:
+            raise ValueError("exclusive labels are at least two")
+        if self.norm == "batch" and self.batch_size < 2:
+            raise ValueError("batch norm needs a batch_size of at least 2")
+        return self
+
+
+class ClassifyRecipe(_Classifying):
+    """Classification fine-tuning; the defaults are P's for LUNA nodules.
+
+    Cubes of 64 x 64 x 32 mm, batches of 32, batch norm.
+    """
+
+    network: UNet3d = UNet3d()
+    crop: Literal["centre", "whole"] = "centre"
+    """`centre`: a cube of `input_size` voxels around each example's centre; `whole`: the scan,
+    resized to `input_size`."""
+    input_size: Size = (64, 64, 32)
+    preprocessing: Preprocessing = Preprocessing()
+    flip_probability: Share = 0.5
+    """Of each axis, for examples of every class alike (bug B19)."""
+    quarter_turns: bool = True
+    """Turn by 0, 90, 180 or 270 degrees in the IJ plane, for examples of every class alike."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if any(size % 8 for size in self.input_size):
+            raise ValueError(f"input_size {self.input_size} must be multiples of 8")
+        if self.quarter_turns and self.input_size[0] != self.input_size[1]:
+            raise ValueError(f"input_size {self.input_size} needs I == J for quarter turns")
+        return self
+
+
+class ClassifyRecipe2d(_Classifying):
+    """Classification of 2D images; the defaults are P's for Chest14 (batches of 512, batch norm).
+
+    Training reads crops, and `network` says that it is 2D. What is judged and served is the whole
+    square of `preprocessing`.
+    """
+
+    channels: tuple[Literal["image"]] = ("image",)
+    network: ResNetUNet2d = ResNetUNet2d()
+    preprocessing: Preprocessing2d = Preprocessing2d()
+    crops: ImageCrops = ImageCrops()
+    batch_size: PositiveInt = 512
+
+
+AnyPretrain = PretrainRecipe | PretrainRecipe2d
+AnyClassify = ClassifyRecipe | ClassifyRecipe2d
+AnyRecipe = AnyPretrain | FinetuneRecipe | AnyClassify
+
+
+def _form(given: object) -> str | None:
+    """Kind of a recipe, and whether its network is 2D."""
+
+    def of(part: object, name: str) -> object:
+        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+    kind = of(given, "kind")
+    in_2d = of(of(given, "network"), "kind") == "resnet18_unet2d"
+    has_2d = kind in ("pretrain", "classify")
+    return f"{kind}_2d" if in_2d and has_2d else kind if isinstance(kind, str) else None
+
+
+Recipe = Annotated[
+    Annotated[PretrainRecipe, Tag("pretrain")]
+    | Annotated[PretrainRecipe2d, Tag("pretrain_2d")]
+    | Annotated[FinetuneRecipe, Tag("finetune")]
+    | Annotated[ClassifyRecipe, Tag("classify")]
+    | Annotated[ClassifyRecipe2d, Tag("classify_2d")],
+    Discriminator(_form),
+]
+"""Told apart by `kind`, and by `network.kind` where there are both."""

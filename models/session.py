@@ -3,7 +3,7 @@
 onnxruntime answers a request for CUDA on a machine without it with a CPU session and no exception,
 so the providers that a session really got are asked for afterwards, and a wrong one is refused.
 
-B batch, C channels, E embedding, I J K voxels.
+B batch, C channels, L labels, E embedding, I J K voxels.
 """
 
 from __future__ import annotations
@@ -57,19 +57,22 @@ class OnnxSession:
         """Run the network.
 
         Args:
-            batch: Network input, (B, 1, I, J, K).
+            batch: Network input, (B, C, I, J, K).
             release_memory: Give working memory back to the system afterwards; for the last batch
                 of a scan.
 
         Returns:
-            The manifest's first output: logits (B, C, I, J, K) or embeddings (B, E).
+            The manifest's first output: a segmenter's logits (B, L, I, J, K), a classifier's
+            logits (B, L), or embeddings (B, E).
 
         Raises:
             BundleError: `inference_timeout`, `inference_failed` or `non_finite_output`.
-            ValueError: The batch is not (B, 1, I, J, K) float32.
+            ValueError: The batch is not float32 in the shape of the manifest's input.
         """
-        if batch.ndim != 5 or batch.shape[1] != 1 or batch.dtype != np.float32:
-            raise ValueError(f"batch is {batch.dtype} {batch.shape}, not float32 (B, 1, I, J, K)")
+        expected = self.manifest.inputs[0].shape
+        fits = batch.ndim == len(expected) and batch.shape[1] == expected[1]
+        if not fits or batch.dtype != np.float32:
+            raise ValueError(f"batch is {batch.dtype} {batch.shape}, not float32 {expected}")
         options = onnxruntime.RunOptions()
         if release_memory:
             arena = "cpu:0" if self.provider == CPU else "gpu:0"

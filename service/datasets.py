@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,11 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from models.splits import SPLITS, split_by_subject
 from service import volumes
 from service.db import Cursor, Dataset, DatasetItem, Page, Run, Volume, new_id, page
 from service.errors import ServiceError
 
-SPLITS = ("train", "val", "test")
 GEOMETRY_TOLERANCE_MM = 0.01
 
 
@@ -170,39 +170,6 @@ def check_labels(image: Volume, labels: Volume) -> None:
         )
 
 
-def split_by_subject(
-    subjects: Mapping[str, bool],
-    split: Split,
-    *,
-    taken: Mapping[str, int] | None = None,
-) -> dict[str, str]:
-    """Put every subject into `train`, `val` or `test`, the same way for the same seed.
-
-    Labelled and unlabelled subjects are split apart from each other, each by the shares, so a
-    few labelled subjects do not end up in one split by chance. Among the labelled (or, when
-    nobody is labelled, all) at least one is in `train`, and from two on at least one is in
-    `val`, unless its share is 0; `test` may stay empty.
-
-    Args:
-        subjects: Every subject that is to be placed, and whether it has labels.
-        split: Shares and seed.
-        taken: How many subjects the caller has already put into each split by hand.
-    """
-    groups = [[name for name in subjects if subjects[name]], []]
-    groups[1] = [name for name in subjects if not subjects[name]]
-    placed: dict[str, str] = {}
-    needs = dict(taken or {})
-    for group in groups:
-        order = sorted(group, key=lambda name: _shuffle_key(split.seed, name))
-        sizes = _sizes(len(order), split, needs)
-        if order:
-            needs = {"train": 1, "val": 1}  # the guarantee is met by the first group
-        for name in SPLITS:
-            chosen, order = order[: sizes[name]], order[sizes[name] :]
-            placed.update(dict.fromkeys(chosen, name))
-    return placed
-
-
 def _splits(items: Sequence[Item], images: Sequence[Volume], split: Split) -> dict[str, str]:
     """Split of every subject: as asked where items say so, the rest by share."""
     asked: dict[str, str] = {}
@@ -223,34 +190,11 @@ def _splits(items: Sequence[Item], images: Sequence[Volume], split: Split) -> di
             )
     open_subjects = {name: has for name, has in has_labels.items() if name not in asked}
     taken = {name: list(asked.values()).count(name) for name in SPLITS}
-    return asked | split_by_subject(open_subjects, split, taken=taken)
-
-
-def _sizes(number: int, split: Split, taken: Mapping[str, int]) -> dict[str, int]:
-    """How many of `number` subjects go into each split, by largest remainder."""
-    shares = {name: max(0.0, float(getattr(split, name))) for name in SPLITS}
-    total = sum(shares.values())
-    if total <= 0.0:
-        raise ServiceError(422, "invalid_request", "the shares of the split sum to 0")
-    exact = {name: number * share / total for name, share in shares.items()}
-    sizes = {name: int(value + 1e-9) for name, value in exact.items()}
-    by_remainder = sorted(SPLITS, key=lambda name: (sizes[name] - exact[name], SPLITS.index(name)))
-    for name in by_remainder[: number - sum(sizes.values())]:
-        sizes[name] += 1
-    for needed, from_number in (("train", 1), ("val", 2)):
-        if number < from_number or sizes[needed] or taken.get(needed) or not shares[needed]:
-            continue
-        giver = max(
-            (name for name in SPLITS if name != needed),
-            key=lambda name: sizes[name] - (name == "train" and sizes[name] == 1) * number,
-        )
-        sizes[giver] -= 1
-        sizes[needed] += 1
-    return sizes
-
-
-def _shuffle_key(seed: int, subject: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{subject}".encode()).digest()
+    shares = {"train": split.train, "val": split.val, "test": split.test}
+    try:
+        return asked | split_by_subject(open_subjects, shares, split.seed, taken=taken)
+    except ValueError as error:
+        raise ServiceError(422, "invalid_request", str(error)) from None
 
 
 def _corner_distance_mm(image: Volume, labels: Volume) -> float:

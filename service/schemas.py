@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict, JsonValue
 
-from models.recipe import Recipe
+from models.recipe import FinetuneRecipe, PretrainRecipe
 
 _HEX = "0123456789abcdef" * 2
 _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -328,7 +328,7 @@ class RunCreate(Ask):
 
     kind: Literal["pretrain", "finetune"]
     dataset_id: DatasetId
-    recipe: Recipe
+    recipe: Annotated[PretrainRecipe | FinetuneRecipe, Field(discriminator="kind")]
     parent: ModelReference | None = Field(
         None, description="Of fine-tuning, what it starts from: an encoder, or the run of one."
     )
@@ -349,6 +349,11 @@ class RunCreate(Ask):
             raise ValueError(f"kind is {self.kind}, the recipe's kind is {self.recipe.kind}")
         if self.kind == "pretrain" and self.parent is not None:
             raise ValueError("pretraining starts from nothing: parent must be absent")
+        if isinstance(self.recipe, FinetuneRecipe) and len(self.recipe.channels) > 1:
+            raise ValueError(
+                f"a volume here is one image, the recipe reads {len(self.recipe.channels)}; "
+                "use `python -m trainer finetune`"
+            )
         return self
 
 
@@ -536,7 +541,7 @@ class ModelVersion(Answer):
     name: str
     version: int
     digest: Sha256
-    kind: Literal["encoder", "segmenter"]
+    kind: Literal["encoder", "segmenter", "classifier"]
     run_id: RunId | None
     manifest: dict[str, Any]
     created_at: datetime
@@ -568,7 +573,7 @@ class ModelSummary(Answer):
     )
 
     name: str
-    kind: Literal["encoder", "segmenter"]
+    kind: Literal["encoder", "segmenter", "classifier"]
     created_at: datetime
 
 

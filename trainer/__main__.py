@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from models.bundle import BundleError
-from models.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from models.recipe import AnyRecipe, PretrainRecipe, PretrainRecipe2d, Recipe
 from trainer import errors
 from trainer.errors import DataError, TrainingError
 from trainer.report import Human, JsonLines, Report
@@ -30,7 +30,9 @@ if TYPE_CHECKING:  # torch takes seconds to import; a bad recipe is refused befo
     import torch
 
 _PR_SET_PDEATHSIG = 1
-_RECIPE: TypeAdapter[PretrainRecipe | FinetuneRecipe] = TypeAdapter(Recipe)
+_KINDS = {"pretrain": ("pretrain",), "finetune": ("finetune", "classify")}
+"""Which recipes a command takes."""
+_RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,13 +113,16 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
         export.publish(checkpoint.load(args.checkpoint), args.out / folder.BUNDLE, report)
         return
     device = _device(args.device)
-    scans = discover(args.scans)
-    if isinstance(recipe, PretrainRecipe):
+    assert recipe is not None
+    dims = recipe.network.dims
+    if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
+        scans = discover(args.scans, dims=dims)
         pretrain.run(
             recipe, scans, args.out, report,
             device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
         )  # fmt: skip
-    elif isinstance(recipe, FinetuneRecipe):
+    else:
+        scans = discover(args.scans, channels=recipe.channels, shares=recipe.split, dims=dims)
         finetune.run(
             recipe, scans, args.out, report,
             device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
@@ -125,22 +130,26 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
         )  # fmt: skip
 
 
-def read_recipe(path: Path, kind: str) -> PretrainRecipe | FinetuneRecipe:
-    """Read a recipe of one kind.
+def read_recipe(path: Path, command: str) -> AnyRecipe:
+    """Read a recipe that the command takes.
 
     Raises:
         DataError: `bad_recipe`, naming the first field that is wrong.
     """
+    kinds = _KINDS[command]
     try:
         recipe = _RECIPE.validate_json(path.read_bytes())
     except FileNotFoundError:
         raise DataError("bad_recipe", "the recipe file does not exist") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"] if part != kind)
+        field = ".".join(
+            str(part) for part in first["loc"] if part not in (*kinds, "pretrain_2d", "classify_2d")
+        )
         raise DataError("bad_recipe", f"{field or 'recipe'}: {first['msg']}") from error
-    if recipe.kind != kind:
-        raise DataError("bad_recipe", f"kind: this is a {recipe.kind} recipe, expected {kind}")
+    if recipe.kind not in kinds:
+        expected = " or ".join(kinds)
+        raise DataError("bad_recipe", f"kind: this is a {recipe.kind} recipe, expected {expected}")
     return recipe
 
 

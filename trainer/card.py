@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.bundle import Manifest
-from models.recipe import Window
+from models.recipe import OwnRange, Preprocessing2d, UNet3d, Window
 
 
 def card_text(manifest: Manifest) -> str:
@@ -27,14 +27,21 @@ def card_text(manifest: Manifest) -> str:
 
 
 def _title(manifest: Manifest) -> str:
-    width = manifest.recipe.network.base_width
+    network = manifest.recipe.network
+    if isinstance(network, UNet3d):
+        made = f"3D U-Net, base width {network.base_width}"
+    else:
+        made = f"2D U-Net on a ResNet-18, width {network.width}"
     if manifest.kind == "encoder":
-        return f"Encoder: 3D U-Net, base width {width}, pretrained with PCRL"
-    return f"Segmenter of {', '.join(manifest.labels)}: 3D U-Net, base width {width}"
+        return f"Encoder: {made}, pretrained with PCRL"
+    what = "Classifier" if manifest.kind == "classifier" else "Segmenter"
+    return f"{what} of {', '.join(manifest.labels)}: {made}"
 
 
 def _input_lines(manifest: Manifest) -> list[str]:
     spec = manifest.preprocessing
+    if isinstance(spec, Preprocessing2d):
+        return _image_lines(spec, manifest)
     spacing = " x ".join(f"{size:g}" for size in spec.spacing_mm)
     if isinstance(spec.intensity, Window):
         low, high = spec.intensity.low_hu, spec.intensity.high_hu
@@ -42,13 +49,43 @@ def _input_lines(manifest: Manifest) -> list[str]:
     else:
         scale = "zero mean and unit deviation over the non-zero voxels"
     patch = " x ".join(str(size) for size in manifest.patch_size)
+    num_channels = len(manifest.channels)
+    read = f" ({', '.join(manifest.channels)})" if num_channels > 1 else ""
     return [
         "## Input and output",
         "",
         f"- Volume in {spec.orientation}+ at {spacing} mm; intensities {scale}.",
-        f"- `image` (batch, 1, I, J, K), patches of {patch} voxels; I, J, K multiples of 8.",
-        f"- `{manifest.outputs[0].name}` {list(manifest.outputs[0].shape)}.",
+        f"- `image` (batch, {num_channels}, I, J, K){read}, patches of {patch} voxels; "
+        "I, J, K multiples of 8.",
+        _output_line(manifest),
     ]
+
+
+def _image_lines(spec: Preprocessing2d, manifest: Manifest) -> list[str]:
+    if isinstance(spec.intensity, OwnRange):
+        limits = "each image's own range"
+    else:
+        limits = f"percentiles {spec.intensity.low:g} to {spec.intensity.high:g} of each image"
+    scale = f"{limits} scaled to 0..1"
+    if spec.normalisation is not None:
+        means, deviations = (
+            ", ".join(f"{value:g}" for value in values)
+            for values in (spec.normalisation.mean, spec.normalisation.std)
+        )
+        scale += f", then means {means} taken off and divided by {deviations}"
+    return [
+        "## Input and output",
+        "",
+        f"- Grey 2D image stretched to {spec.size} x {spec.size} pixels; {scale}.",
+        "- `image` (batch, 3, rows, columns), the grey image three times; rows and columns "
+        "multiples of 32.",
+        _output_line(manifest),
+    ]
+
+
+def _output_line(manifest: Manifest) -> str:
+    makes = "" if manifest.kind == "encoder" else f"; {manifest.activation} makes probabilities"
+    return f"- `{manifest.outputs[0].name}` {list(manifest.outputs[0].shape)}{makes}."
 
 
 def _result_lines(manifest: Manifest) -> list[str]:
@@ -59,7 +96,13 @@ def _result_lines(manifest: Manifest) -> list[str]:
         f"| {name} | {metric.value:.4f} | {metric.n} | {metric.split} |"
         for name, metric in manifest.metrics.items()
     ]
-    note = "The best checkpoint was chosen on these same cases, so the values are optimistic."
+    chosen_on = "train" if any(m.split == "train" for m in manifest.metrics.values()) else "val"
+    note = (
+        f"The checkpoint was chosen by its values on {chosen_on}, so those are optimistic; the "
+        "test scans were looked at once, after the choice."
+        if any(metric.split == "test" for metric in manifest.metrics.values())
+        else f"The checkpoint was chosen on {chosen_on} itself, so the values are optimistic."
+    )
     return [
         *lines,
         "| metric | value | cases | split |",

@@ -36,5 +36,5 @@ def freeze(average: nn.Module) -> None:
     """Take `average` out of back-propagation and let `update` alone move its statistics."""
     average.requires_grad_(requires_grad=False)
     for module in average.modules():
-        if isinstance(module, nn.BatchNorm3d):
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             module.momentum = 0.0

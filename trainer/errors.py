@@ -45,13 +45,21 @@ class Preempted(TrainingError):  # noqa: N818 - asked to stop, which is no error
 
 
 class NonFiniteLossError(TrainingError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite.
 
-    def __init__(self, step: int) -> None:
+    Args:
+        step: The first step with such a loss.
+        last_checkpoint: Step of the newest checkpoint, 0 if there is none yet; None if not told.
+    """
+
+    def __init__(self, step: int, last_checkpoint: int | None = None) -> None:
+        kept = "the last checkpoint is from before it"
+        if last_checkpoint is not None:
+            kept = f"the last good checkpoint is of step {last_checkpoint}"
+            if last_checkpoint == 0:
+                kept = "there is no checkpoint before it"
         super().__init__(
-            "non_finite_loss",
-            f"the loss of step {step} is not finite; the last checkpoint is from before it",
-            NON_FINITE_LOSS,
+            "non_finite_loss", f"the loss of step {step} is not finite; {kept}", NON_FINITE_LOSS
         )
         self.step = step
 

@@ -20,8 +20,23 @@ from torch import Tensor, nn
 
 from models import bundle
 from models.bundle import Lineage, Manifest, Metric, Parity, TensorSpec
-from models.networks.unet3d import STRIDE, Norm, UNet3d, UNet3dEncoder, fold, pooled
-from models.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from models.networks import resnet_unet2d, unet3d
+from models.networks.resnet_unet2d import ResNet18Encoder, ResNetUNet2d
+from models.networks.unet3d import UNet3d, UNet3dEncoder, fold, pooled
+from models.recipe import (
+    AnyClassify,
+    AnyPretrain,
+    AnyRecipe,
+    ClassifyRecipe,
+    ClassifyRecipe2d,
+    FinetuneRecipe,
+    PretrainRecipe,
+    PretrainRecipe2d,
+    Recipe,
+    Size,
+    Size2d,
+)
+from trainer.build import build, norm_of, num_outputs
 from trainer.card import card_text
 from trainer.checkpoint import State
 from trainer.errors import DataError, ParityError
@@ -33,19 +48,23 @@ TOLERANCE = 1e-3
 MIN_AGREEMENT = 0.9999
 """Of the argmax of logits, and the cosine of embeddings."""
 
-_RECIPE: TypeAdapter[PretrainRecipe | FinetuneRecipe] = TypeAdapter(Recipe)
-_AXES = ("i8", "j8", "k8")
+_RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
+STRIDES = {2: resnet_unet2d.STRIDE, 3: unet3d.STRIDE}
+"""Pixels or voxels of which every extent is a multiple, by the network's axes."""
+AXES = {2: ("r32", "c32"), 3: ("i8", "j8", "k8")}
+"""Free dimensions of the ONNX file: the extents divided by that."""
+_COLOURS = ("red", "green", "blue")
 
 
 class PooledEncoder(nn.Module):
     """The served embedding: the bottleneck pooled, before any head."""
 
-    def __init__(self, encoder: UNet3dEncoder) -> None:
+    def __init__(self, encoder: UNet3dEncoder | ResNet18Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 1, I, J, K) to (B, 16 W), not normalised."""
+        """(B, 1, I, J, K) to (B, 16 W), or (B, 3, I, J) to (B, 8 W); not normalised."""
         return pooled(self.encoder(image).bottleneck)
 
 
@@ -65,21 +84,24 @@ def publish(state: State, folder: Path, report: Report) -> Path:
         raise DataError("bundle_exists", "there is a bundle at the output already")
     recipe = _RECIPE.validate_json(state["recipe"])
     network = restore(state, recipe)
-    served = PooledEncoder(network.encoder) if isinstance(recipe, PretrainRecipe) else network
+    served = network
+    if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
+        assert isinstance(network, UNet3d | ResNetUNet2d)
+        served = PooledEncoder(network.encoder)
     served.eval()
-    written = fold(network) if served is network else served
+    written = fold(served) if isinstance(served, UNet3d) else served
     manifest = _describe(state, recipe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     report.progress("export", 0, 1)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
         model = Path(scratch) / bundle.MODEL
-        to_onnx(written, model, manifest.outputs[0].name, _facts(manifest, state))
+        to_onnx(written, model, manifest, _facts(manifest, state))
         parity = check_parity(served, model, state["sample"].float(), manifest)
         manifest = manifest.model_copy(update={"parity": parity})
         weights = Path(scratch) / bundle.WEIGHTS
-        norm: Norm = norm_of(recipe)
         tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-        save_file(tensors, weights, metadata={"norm": norm, "network": recipe.network.kind})
+        facts: dict[str, str] = {"norm": norm_of(recipe), "network": recipe.network.kind}
+        save_file(tensors, weights, metadata=facts)
         files = {bundle.MODEL: model, bundle.WEIGHTS: weights}
         digest = bundle.save(folder, manifest, files, card_text(manifest))
     report.progress("export", 1, 1)
@@ -87,13 +109,10 @@ def publish(state: State, folder: Path, report: Report) -> Path:
     return folder
 
 
-def restore(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> UNet3d:
+def restore(state: State, recipe: AnyRecipe) -> nn.Module:
     """The checkpoint's network on the host, unfused: what parity is judged against."""
-    width = recipe.network.base_width
-    num_classes = 1 + len(recipe.labels) if isinstance(recipe, FinetuneRecipe) else 1
-    skip = not isinstance(recipe, PretrainRecipe) or recipe.method.skip
-    network = UNet3d(1, num_classes, width, norm_of(recipe), fused=False, skip=skip)
-    if isinstance(recipe, PretrainRecipe):
+    network = build(recipe, fused=False)
+    if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
         prefix = "student."
         method: dict[str, Tensor] = state["method"]
         weights = {k.removeprefix(prefix): v for k, v in method.items() if k.startswith(prefix)}
@@ -103,24 +122,24 @@ def restore(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> UNet3d:
     return network
 
 
-def norm_of(recipe: PretrainRecipe | FinetuneRecipe) -> Norm:
-    """Batch norm in pretraining, group norm in fine-tuning (paper, section 7)."""
-    return "batch" if isinstance(recipe, PretrainRecipe) else "group"
-
-
-def to_onnx(network: nn.Module, path: Path, output: str, facts: dict[str, str]) -> None:
+def to_onnx(network: nn.Module, path: Path, manifest: Manifest, facts: dict[str, str]) -> None:
     """Write a network as one ONNX file with free batch and spatial dimensions.
 
     Args:
-        network: Takes (B, 1, I, J, K), in eval mode.
+        network: Takes (B, C, I, J, K) or (B, C, I, J), in eval mode.
         path: The file to write.
-        output: Name of the output.
+        manifest: Says what it takes and gives.
         facts: Go into the model's metadata.
     """
+    num_axes = len(manifest.patch_size)
+    stride = STRIDES[num_axes]
     # Batch 2: the exporter may freeze a dimension of size 1.
-    example = torch.zeros(2, 1, 4 * STRIDE, 3 * STRIDE, 2 * STRIDE)
+    extents = (4 * stride, 3 * stride, 2 * stride)[:num_axes]
+    example = torch.zeros(2, len(manifest.channels), *extents)
     dims = {0: torch.export.Dim("batch")}
-    dims |= {axis: torch.export.Dim(name) * STRIDE for axis, name in enumerate(_AXES, start=2)}
+    dims |= {
+        axis: torch.export.Dim(name) * stride for axis, name in enumerate(AXES[num_axes], start=2)
+    }
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own deprecations are not ours to fix
@@ -130,7 +149,7 @@ def to_onnx(network: nn.Module, path: Path, output: str, facts: dict[str, str]) 
             dynamo=True,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=[output],
+            output_names=[manifest.outputs[0].name],
             dynamic_shapes=(dims,),
             external_data=False,
             verbose=False,
@@ -162,9 +181,10 @@ def check_parity(
     Raises:
         ParityError: Beyond the tolerance.
     """
-    random = torch.rand(
-        3, 1, 2 * STRIDE, 3 * STRIDE, 4 * STRIDE, generator=torch.Generator().manual_seed(0)
-    )
+    num_axes = len(manifest.patch_size)
+    extents = [times * STRIDES[num_axes] for times in (2, 3, 4)[:num_axes]]
+    generator = torch.Generator().manual_seed(0)
+    random = torch.rand(3, len(manifest.channels), *extents, generator=generator)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -196,13 +216,15 @@ def _compare(
     tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))
     difference = float(np.abs(expected - actual).max())
     agreement = cosine = None
-    if manifest.kind == "segmenter":
+    if manifest.kind == "segmenter" and manifest.activation == "softmax":
         agreement = float((expected.argmax(axis=1) == actual.argmax(axis=1)).mean())
-    else:
+    elif manifest.kind == "segmenter":
+        agreement = float(((expected > 0) == (actual > 0)).mean())
+    elif manifest.kind == "encoder":
         lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(actual, axis=1)
         cosine = float(((expected * actual).sum(axis=1) / np.maximum(lengths, 1e-30)).min())
-    worst = agreement if agreement is not None else cosine
-    assert worst is not None
+    # Of a classifier's few logits the difference says all that there is to say.
+    worst = min((value for value in (agreement, cosine) if value is not None), default=1.0)
     return Parity(
         input_kind="random" if kind == "random" else "real",
         shape=shape,
@@ -216,8 +238,9 @@ def _compare(
     )
 
 
-def _describe(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> Manifest:
-    spatial = tuple(f"{STRIDE}*{name}" for name in _AXES)
+def _describe(state: State, recipe: AnyRecipe) -> Manifest:
+    num_axes = recipe.network.dims
+    spatial = tuple(f"{STRIDES[num_axes]}*{name}" for name in AXES[num_axes])
     lineage = Lineage(
         run_id=state["run_id"] or None,
         dataset_digest=state["data_digest"],
@@ -229,20 +252,32 @@ def _describe(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> Manifest
         code_version=_code_version(),
         torch_version=torch.__version__,
     )
-    if isinstance(recipe, FinetuneRecipe):
-        labels = tuple(recipe.labels)
-        patch, overlap = recipe.patch_size, recipe.overlap
-        output = TensorSpec(name="logits", shape=("batch", 1 + len(labels), *spatial))
-    else:
-        labels, patch, overlap = (), recipe.crops.input_size, 0.5
-        output = TensorSpec(name="embedding", shape=("batch", 16 * recipe.network.base_width))
+    channels: tuple[str, ...] = ("image",) if num_axes == 3 else _COLOURS
+    labels: tuple[str, ...] = ()
+    overlap, activation = 0.5, "softmax"
+    match recipe:
+        case PretrainRecipe() | PretrainRecipe2d():
+            kind, patch = "encoder", _patch_of(recipe)
+            output = TensorSpec(name="embedding", shape=("batch", recipe.network.num_features))
+        case FinetuneRecipe():
+            kind, labels, patch = "segmenter", recipe.targets, recipe.patch_size
+            overlap, channels = recipe.overlap, recipe.channels
+            activation = "softmax" if recipe.labels else "sigmoid"
+            output = TensorSpec(name="logits", shape=("batch", num_outputs(recipe), *spatial))
+        case ClassifyRecipe() | ClassifyRecipe2d():
+            kind, labels, patch = "classifier", recipe.labels, _patch_of(recipe)
+            channels = recipe.channels if isinstance(recipe, ClassifyRecipe) else _COLOURS
+            activation = "softmax" if recipe.exclusive else "sigmoid"
+            output = TensorSpec(name="logits", shape=("batch", num_outputs(recipe)))
     metrics = {
         name: Metric.model_validate(value) for name, value in state.get("metrics", {}).items()
     }
     return Manifest(
-        kind="segmenter" if labels else "encoder",
+        kind=kind,
         labels=labels,
-        inputs=(TensorSpec(name="image", shape=("batch", 1, *spatial)),),
+        activation=activation,
+        channels=channels,
+        inputs=(TensorSpec(name="image", shape=("batch", len(channels), *spatial)),),
         outputs=(output,),
         preprocessing=recipe.preprocessing,
         patch_size=patch,
@@ -255,11 +290,22 @@ def _describe(state: State, recipe: PretrainRecipe | FinetuneRecipe) -> Manifest
     )
 
 
+def _patch_of(recipe: AnyPretrain | AnyClassify) -> Size | Size2d:
+    """What is served at once: a crop, a cube, or a whole 2D image."""
+    match recipe:
+        case PretrainRecipe():
+            return recipe.crops.input_size
+        case ClassifyRecipe():
+            return recipe.input_size
+        case _:
+            return recipe.preprocessing.size, recipe.preprocessing.size
+
+
 def _facts(manifest: Manifest, state: State) -> dict[str, str]:
     """What the ONNX file says of itself: what a session checks, and where it comes from."""
     return {
         **bundle.onnx_metadata(manifest),
-        "stride": str(STRIDE),
+        "stride": str(STRIDES[len(manifest.patch_size)]),
         "run_id": manifest.lineage.run_id or "",
         "dataset_digest": manifest.lineage.dataset_digest,
         "recipe_digest": state["recipe_digest"],

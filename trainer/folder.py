@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models import bundle
-from models.recipe import FinetuneRecipe, PretrainRecipe
+from models.recipe import AnyRecipe
 from trainer import checkpoint
 from trainer.checkpoint import State
-from trainer.data.scans import ScanSet
+from trainer.data.scan_set import ScanSet
 from trainer.errors import DataError
 from trainer.report import Report
 
@@ -29,8 +30,11 @@ CACHE = "cache"
 
 ShouldStop = Callable[[], bool]
 
+Metrics = dict[str, dict[str, Any]]
+"""Measured values by name, each as the fields of a `models.bundle.Metric`."""
 
-def finished(out: Path, recipe: PretrainRecipe | FinetuneRecipe, report: Report) -> Path | None:
+
+def finished(out: Path, recipe: AnyRecipe, report: Report) -> Path | None:
     """The bundle that an earlier run of the same recipe left; None if there is none yet.
 
     Raises:
@@ -50,7 +54,7 @@ def finished(out: Path, recipe: PretrainRecipe | FinetuneRecipe, report: Report)
 
 
 def header(
-    recipe: PretrainRecipe | FinetuneRecipe,
+    recipe: AnyRecipe,
     scans: ScanSet,
     sample: Tensor,
     device: torch.device,
@@ -61,7 +65,7 @@ def header(
     Args:
         recipe: What the run was asked for.
         scans: What it trains on.
-        sample: Real network input for the parity check, float16 (1, 1, I, J, K).
+        sample: Real network input for the parity check, float16 (1, C, I, J, K).
         device: Where it runs.
         run_id: The service's name for it.
     """

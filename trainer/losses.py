@@ -129,6 +129,55 @@ def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor
     return (1.0 - (2.0 * overlap + smooth) / (size + smooth)).mean()
 
 
-def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Dice loss plus voxel-wise cross-entropy, equally weighted; arguments as in `dice_loss`."""
-    return dice_loss(logits, target) + F.cross_entropy(logits.float(), target)
+def segmentation_loss(
+    logits: Tensor, target: Tensor, class_weights: Tensor | None = None
+) -> Tensor:
+    """Dice loss plus voxel-wise cross-entropy, equally weighted; arguments as in `dice_loss`.
+
+    `class_weights` (C,) weight the voxels of each class in the cross-entropy, whose mean is over
+    the weights.
+    """
+    entropy = F.cross_entropy(logits.float(), target, weight=class_weights)
+    return dice_loss(logits, target) + entropy
+
+
+def region_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
+    """Soft Dice plus binary cross-entropy of regions that may overlap, equally weighted.
+
+    Both take logits; the official code feeds a cross-entropy "with logits" what went through a
+    sigmoid already (bug B16).
+
+        for each region r:
+            overlap = sum of sigmoid(logits)[r] inside the region
+            size = sum of sigmoid(logits)[r] + number of voxels of the region
+            loss += 1 - (2 * overlap + smooth) / (size + smooth)
+        loss / number of regions + mean over all voxels of the cross-entropy
+
+    Args:
+        logits: (B, R, I, J, K).
+        target: 1 inside a region, 0 outside, (B, R, I, J, K).
+        smooth: As in `dice_loss`.
+    """
+    probability, truth = logits.float().sigmoid(), target.float()
+    over = (0, 2, 3, 4)
+    overlap = (probability * truth).sum(dim=over)  # (R,)
+    size = probability.sum(dim=over) + truth.sum(dim=over)
+    dice = (1.0 - (2.0 * overlap + smooth) / (size + smooth)).mean()
+    return dice + F.binary_cross_entropy_with_logits(logits.float(), truth)
+
+
+def multi_label_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Binary cross-entropy over what is known.
+
+    Args:
+        logits: (B, L).
+        truth: 1, 0, or NaN where it is not known, (B, L).
+
+    Returns:
+        Scalar loss, mean over the known entries; 0 where nothing is known.
+    """
+    is_known = ~truth.isnan()
+    each = F.binary_cross_entropy_with_logits(
+        logits.float(), truth.nan_to_num(0.0), reduction="none"
+    )
+    return (each * is_known).sum() / is_known.sum().clamp(min=1)

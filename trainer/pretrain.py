@@ -1,4 +1,4 @@
-"""Self-supervised pretraining: one loop, from scans to an encoder bundle."""
+"""Self-supervised pretraining: one loop, from scans or 2D images to an encoder bundle."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from models.recipe import TISSUE_HU, PretrainRecipe, Window
+from models.recipe import TISSUE_HU, AnyPretrain, PretrainRecipe, PretrainRecipe2d, Window
 from trainer import checkpoint, export, folder
+from trainer.build import lay_out
 from trainer.data import sampling
 from trainer.data.cache import Case, VolumeCache
+from trainer.data.images2d import ResidentImages, load_images
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PairSampler
 from trainer.data.scans import ScanSet
@@ -23,7 +26,7 @@ from trainer.report import Report
 
 
 def run(
-    recipe: PretrainRecipe,
+    recipe: AnyPretrain,
     scans: ScanSet,
     out: Path,
     report: Report,
@@ -43,7 +46,7 @@ def run(
         device: Where to compute.
         should_stop: Asked after every step; true ends the run with a checkpoint.
         run_id: The service's name for the run, for the lineage.
-        cache: Folder of preprocessed volumes; `out/cache` if None.
+        cache: Folder of preprocessed scans; `out/cache` if None.
 
     Returns:
         The bundle's folder.
@@ -57,14 +60,13 @@ def run(
     """
     if (done := folder.finished(out, recipe, report)) is not None:
         return done
-    cases = _prepare(recipe, scans, cache or out / folder.CACHE, report)
-    volumes, sampler = _make_resident(recipe, cases, device)
-    sample = folder.centre_sample(cases[0].image, cases[0].background, recipe.crops.input_size)
+    volumes, sampler, sample = _load(recipe, scans, cache or out / folder.CACHE, report, device)
     head = folder.header(recipe, scans, sample, device, run_id)
 
     torch.manual_seed(recipe.seed)
     method = METHODS[recipe.method.name](recipe).train()
-    method.to(device).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    method.to(device)
+    lay_out(method)
     optimizer = torch.optim.SGD(
         method.trained(),
         lr=recipe.learning_rate,
@@ -129,14 +131,22 @@ def cosine(base: float, step: int, num_steps: int) -> float:
     return base * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
 
 
-def _prepare(recipe: PretrainRecipe, scans: ScanSet, cache: Path, report: Report) -> list[Case]:
-    store = VolumeCache(cache)
+def _load(
+    recipe: AnyPretrain, scans: ScanSet, cache: Path, report: Report, device: torch.device
+) -> tuple[Resident | ResidentImages, PairSampler | None, Tensor]:
+    """What views are cut from, what says where, and real network input for the parity check."""
     chosen = scans.of("train")
+    if isinstance(recipe, PretrainRecipe2d):
+        images = load_images(chosen, recipe.preprocessing, cache, report, device)
+        return images, None, images.inputs(torch.tensor([0]), recipe.preprocessing).half().cpu()
+    store = VolumeCache(cache)
     cases = []
     for done, scan in enumerate(chosen, start=1):
         cases.append(store.image(scan, recipe.preprocessing))
         report.progress("prepare", done, len(chosen))
-    return cases
+    volumes, sampler = _make_resident(recipe, cases, device)
+    middle = folder.centre_sample(cases[0].image, cases[0].background, recipe.crops.input_size)
+    return volumes, sampler, middle
 
 
 def _make_resident(

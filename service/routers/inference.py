@@ -43,6 +43,8 @@ def work_of(
         volume = volumes.get(session, ask.volume_id, kind="image")
         version = registry.resolve(session, ask.model)
         require_kind(version, model_kind)
+        _require_volumes(version)
+        _require_one_label_a_voxel(version)
         model = {
             "name": version.model_name,
             "version": version.version,
@@ -54,6 +56,28 @@ def work_of(
         return answers.accepted(run, collection, view)
 
     return work
+
+
+def _require_volumes(version: db.ModelVersion) -> None:
+    """Refuse a model of 2D images: a scan here is a volume."""
+    if len(version.manifest["patch_size"]) != 3:
+        raise ServiceError(
+            422,
+            "wrong_model_kind",
+            f"{version.model_name}/{version.version} reads 2D images, and a scan is a volume",
+        )
+
+
+def _require_one_label_a_voxel(version: db.ModelVersion) -> None:
+    """Refuse a segmenter of regions that may overlap: a mask cannot hold them."""
+    manifest = version.manifest
+    if manifest["kind"] == "segmenter" and manifest.get("activation") == "sigmoid":
+        raise ServiceError(
+            422,
+            "wrong_model_kind",
+            f"{version.model_name}/{version.version} segments regions that may overlap; "
+            "a mask holds one label a voxel",
+        )
 
 
 def cancel(session: Session, run_id: str, kind: db.RunKind) -> db.Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Header, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -233,15 +233,14 @@ def _parent(session: Session, ref: str) -> db.ModelVersion:
 def _check_parent(parent: db.ModelVersion, ask: schemas.RunCreate) -> None:
     require_kind(parent, "encoder")
     manifest = parent.manifest
-    network, expected = manifest["recipe"]["network"], ask.recipe.network
-    found = (network["kind"], network["base_width"])
-    if found != (expected.kind, expected.base_width):
+    network, expected = manifest["recipe"]["network"], ask.recipe.network.model_dump(mode="json")
+    if network != expected:
         raise ServiceError(
             422,
             "incompatible_parent",
-            f"the parent is a {found[0]} of base_width {found[1]}; the recipe's network is a "
-            f"{expected.kind} of base_width {expected.base_width}",
-            extra={"found": network, "expected": expected.model_dump(mode="json")},
+            f"the parent is a {_described(network)}; the recipe's network is a "
+            f"{_described(expected)}",
+            extra={"found": network, "expected": expected},
         )
     if WEIGHTS not in manifest["files"]:
         raise ServiceError(
@@ -279,3 +278,9 @@ def _wants_list(accept: str, *, has_after: bool) -> bool:
     if "text/event-stream" in accept:
         return False
     return has_after or "application/json" in accept
+
+
+def _described(network: dict[str, Any]) -> str:
+    """A network of a recipe in words: its kind, and each number by its name."""
+    numbers = [f"{name} {value}" for name, value in network.items() if name != "kind"]
+    return f"{network['kind']} of {', '.join(numbers)}"

@@ -10,6 +10,7 @@ import torch
 
 from imaging import nifti
 from models.recipe import FinetuneRecipe, PretrainRecipe
+from trainer import export
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
 from trainer.methods.pcrl import Pcrl
@@ -48,6 +49,17 @@ class Recorder:
 @pytest.fixture
 def report() -> Recorder:
     return Recorder()
+
+
+@pytest.fixture
+def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles whose network is empty: for what is not about the export, which takes seconds."""
+
+    def nothing(network: torch.nn.Module, path: Path, *more: object) -> None:
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(export, "to_onnx", nothing)
+    monkeypatch.setattr(export, "check_parity", lambda *arguments: ())
 
 
 def write_scan(folder: Path, name: str, seed: int) -> None:

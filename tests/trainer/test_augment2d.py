@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.preprocess2d import as_channels
 from models.recipe import ImageViews, Normalisation
-from trainer.data import augment, augment2d
+from trainer.data import augment, augment2d, images2d
 from trainer.data.augment2d import Corruption2d, Geometry2d
 from trainer.data.images2d import ResidentImages
 from trainer.randomness import generator
@@ -121,7 +121,7 @@ def test_a_corruption_of_nothing_is_the_normalised_clean_view(channels: int) -> 
 
     spoiled = augment2d.corrupt(clean, nothing(3), Normalisation(), generator(0, 1, "noise"))
 
-    torch.testing.assert_close(spoiled, augment2d.as_channels(clean, Normalisation()))
+    torch.testing.assert_close(spoiled, images2d.as_channels(clean, Normalisation()))
     assert spoiled.shape == (3, 3, 32, 32)
     if channels == 1:
         served = as_channels(clean[0, 0].numpy(), Normalisation())
@@ -167,7 +167,7 @@ def test_holes_are_zeros_after_the_normalisation_about_uniform_centres() -> None
 
     spoiled = augment2d.corrupt(clean, only, Normalisation(), generator(0, 1, "noise"))
 
-    expected = augment2d.as_channels(clean, Normalisation()).clone()
+    expected = images2d.as_channels(clean, Normalisation()).clone()
     for b in range(3):
         assert len(drawn.hole_start[b]) == 3
         for top, left in drawn.hole_start[b].tolist():

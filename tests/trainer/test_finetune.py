@@ -92,7 +92,9 @@ def test_a_parent_of_another_width_is_refused_before_training(
         update={"network": finetune_recipe.network.model_copy(update={"base_width": 4})}
     )
 
-    with pytest.raises(DataError, match=r"base_width is 2, the recipe's 4") as caught:
+    with pytest.raises(
+        DataError, match=r"encoder\.\S+ is \(.*\) in the parent, \(.*\) here"
+    ) as caught:
         finetune.run(
             wide, discover(scan_folder), tmp_path / "out", report,
             device=CPU, should_stop=lambda: False, parent=parent,
@@ -171,3 +173,11 @@ def test_a_volume_is_preprocessed_once(
 
     assert len(first) == 2 and second == first
     assert len(stamps()) == 4
+
+
+def test_a_weight_of_an_unknown_class_is_refused(finetune_recipe: FinetuneRecipe) -> None:
+    fields = finetune_recipe.model_dump()
+
+    with pytest.raises(ValueError, match="class_weights names what labels does not: \\['cyst'\\]"):
+        FinetuneRecipe.model_validate({**fields, "class_weights": {"cyst": 2.0}})
+    FinetuneRecipe.model_validate({**fields, "class_weights": {"lesion": 2.0}})

@@ -20,7 +20,7 @@ SPEC = Preprocessing2d(size=32)
 def film(folder: Path, name: str = "film", seed: int = 0) -> ScanFile:
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 50), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / f"{name}.png")
-    return ScanFile(name, folder / f"{name}.png", None, name, "train")
+    return ScanFile(name, (folder / f"{name}.png",), None, name, "train")
 
 
 @pytest.mark.parametrize(("stored", "error"), [("uint8", 0.5 / 255), ("float16", 2**-12)])

@@ -130,3 +130,17 @@ def test_a_perfect_segmentation_costs_nothing_and_a_wrong_one_does() -> None:
 
     assert float(segmentation_loss(sure, target)) < 1e-5
     assert float(segmentation_loss(sure.flip(1), target)) > 1
+
+
+def test_class_weights_count_voxels_of_a_class_that_often() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 4, 4, 4), torch.randint(3, (2, 4, 4, 4))
+    weights = torch.tensor([1.0, 1.0, 3.0])
+    each = F.cross_entropy(logits, target, reduction="none")
+    times = weights[target]
+    expected = dice_loss(logits, target) + (each * times).sum() / times.sum()
+
+    weighted = segmentation_loss(logits, target, weights)
+
+    torch.testing.assert_close(weighted, expected)
+    assert not torch.isclose(weighted, segmentation_loss(logits, target))

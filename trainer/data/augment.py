@@ -18,6 +18,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
@@ -330,6 +331,11 @@ def rotate_in_plane(x: Tensor, angle: Tensor, flips: Tensor | None = None) -> Te
     grid = F.affine_grid(matrix, list(slices.shape), align_corners=False)
     turned = F.grid_sample(slices - floor, grid, mode="bilinear", align_corners=False)
     return _by_voxel(turned.add_(floor))
+
+
+def num_indicators(dims: Literal[2, 3]) -> int:
+    """Length of an indicator vector: a flip along every axis, four quarter turns."""
+    return dims + 4
 
 
 def draw_indicators(batch_size: int, random: torch.Generator, *, dims: int = 3) -> Tensor:

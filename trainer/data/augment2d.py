@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from imaging.dicom2d import LUMINANCE
-from models.recipe import ImageViews, Normalisation
+from models.recipe import ImageCrops, ImageViews, Normalisation
 from trainer.data import augment
-from trainer.data.images2d import ResidentImages
+from trainer.data.images2d import ResidentImages, as_channels
 
 _TRIES = 10
 """Crops drawn at once; the first that fits is taken, else the whole image (torchvision)."""
@@ -79,7 +79,7 @@ class Corruption2d:
 
 
 def draw_geometry(
-    views: ImageViews, side: int, batch_size: int, random: torch.Generator
+    views: ImageCrops, side: int, batch_size: int, random: torch.Generator
 ) -> Geometry2d:
     """Crops of random area and ratio, a flip, a rotation.
 
@@ -154,7 +154,7 @@ def draw_corruption(
 
 
 def make_clean(
-    images: ResidentImages, views: ImageViews, index: Tensor, geometry: Geometry2d
+    images: ResidentImages, views: ImageCrops, index: Tensor, geometry: Geometry2d
 ) -> Tensor:
     """Cut, resize, flip and rotate, float32 (B, C, n, n) in [0, 1].
 
@@ -224,16 +224,6 @@ def corrupt(
     x = change_colours(_along_both(x, blur, blur), corruption)
     holes = _inside(corruption.hole_start, corruption.hole_size, clean)
     return as_channels(x, normalisation) * ~holes
-
-
-def as_channels(x: Tensor, normalisation: Normalisation | None) -> Tensor:
-    """Network input (B, 3, n, n) from images in [0, 1]; a grey one is repeated."""
-    x = x.expand(-1, 3, -1, -1)
-    if normalisation is None:
-        return x
-    mean = x.new_tensor(normalisation.mean)[:, None, None]
-    std = x.new_tensor(normalisation.std)[:, None, None]
-    return (x - mean) / std
 
 
 def change_colours(x: Tensor, corruption: Corruption2d) -> Tensor:

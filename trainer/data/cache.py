@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.errors import ScanError
-from imaging.intake import read_scan
+from imaging.intake import Kind, read_scan
 from imaging.volume import Grid, Volume
 from models.preprocess import prepare, prepare_labels
 from models.recipe import FinetuneRecipe, Preprocessing
-from trainer.data.scans import ScanFile, digest_of
+from trainer.data.scan_set import ScanFile, digest_of
 from trainer.errors import DataError
 
 _VERSION = "1"
@@ -35,14 +35,26 @@ _GRID_TOLERANCE_MM = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A preprocessed scan; arrays are read-only memory maps in (I, J, K)."""
+    """One image of a preprocessed scan."""
 
     id: str
     image: NDArray[np.float16]
-    labels: NDArray[np.uint8] | None
-    """Classes, 0 for background."""
+    """(I, J, K); a read-only memory map."""
     background: float
     """Intensity of air, to pad with."""
+    grid: Grid
+    """Where the voxels lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledCase:
+    """A preprocessed scan with its classes."""
+
+    id: str
+    channels: tuple[Case, ...]
+    """Its images, on one grid."""
+    labels: NDArray[np.uint8]
+    """(I, J, K), 0 for background; a read-only memory map."""
 
 
 class VolumeCache:
@@ -53,42 +65,60 @@ class VolumeCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def image(self, scan: ScanFile, spec: Preprocessing) -> Case:
-        """The scan's image as network input.
+        """The scan's only image as network input.
 
         Raises:
             DataError: `unusable_scan`, with the scan's id and the reason.
         """
-        key = _key(digest_of(scan.image), spec.digest())
-        return Case(scan.id, *self._image(scan, spec, key))
+        return self.channels(scan, spec, ("image",))[0]
 
-    def labelled(self, scan: ScanFile, recipe: FinetuneRecipe) -> Case:
-        """The scan's image with its labels as classes on the same grid.
+    def channels(
+        self, scan: ScanFile, spec: Preprocessing, names: Sequence[str]
+    ) -> tuple[Case, ...]:
+        """The scan's images as network input, each with its own intensities, on one grid.
+
+        Raises:
+            DataError: `unusable_scan`, with the scan's id, the channel and the reason.
+        """
+        if len(scan.images) != len(names):
+            raise DataError(
+                "unusable_scan",
+                f"scan {scan.id} has {len(scan.images)} images; the recipe reads {len(names)} "
+                f"({', '.join(names)})",
+            )
+        cases = []
+        for path, name in zip(scan.images, names, strict=True):
+            called = scan.id if len(names) == 1 else f"{scan.id}, channel {name}"
+            cases.append(self._image(path, called, spec))
+        for case, name in zip(cases, names, strict=True):
+            _refuse_another_grid(scan.id, name, case.grid, cases[0].grid)
+        return tuple(cases)
+
+    def labelled(self, scan: ScanFile, recipe: FinetuneRecipe) -> LabelledCase:
+        """The scan's images with its labels as classes on the same grid.
 
         Raises:
             DataError: `unusable_scan`, `unusable_labels`, with the scan's id and the reason.
         """
         if scan.labels is None:
             raise DataError("unusable_labels", f"scan {scan.id} has no labels")
-        spec = recipe.preprocessing
-        image_key = _key(digest_of(scan.image), spec.digest())
-        rule = json.dumps([recipe.labels, recipe.unlisted_labels])
+        channels = self.channels(scan, recipe.preprocessing, recipe.channels)
+        rule = json.dumps([recipe.values, recipe.unlisted_labels])
+        image_key = _key(digest_of(scan.image), recipe.preprocessing.digest())
         key = _key(digest_of(scan.labels), image_key, rule)
-        image, _, background = self._image(scan, spec, image_key)
         if not self._path(key).is_file():
-            labels = _make_labels(scan, recipe, self._grid(image_key))
-            self._publish(key, labels)
-        return Case(scan.id, image, np.load(self._path(key), mmap_mode="r"), background)
+            self._publish(key, _make_labels(scan, recipe, channels[0].grid))
+        return LabelledCase(scan.id, channels, np.load(self._path(key), mmap_mode="r"))
 
-    def _image(
-        self, scan: ScanFile, spec: Preprocessing, key: str
-    ) -> tuple[NDArray[np.float16], None, float]:
+    def _image(self, path: Path, called: str, spec: Preprocessing) -> Case:
+        key = _key(digest_of(path), spec.digest())
         if not self._path(key).is_file():
-            prepared = prepare(_read(scan, "image"), spec)
+            prepared = prepare(_read(path, called, "image"), spec)
             if not np.isfinite(prepared.array).all():
-                raise DataError("unusable_scan", f"scan {scan.id} has voxels that are not finite")
+                raise DataError("unusable_scan", f"scan {called} has voxels that are not finite")
             if float(prepared.array.min()) == float(prepared.array.max()):
                 raise DataError(
-                    "unusable_scan", f"scan {scan.id} is constant in this intensity range"
+                    "unusable_scan", f"scan {called} is constant in this intensity range"
                 )
             facts = {
                 "shape": prepared.grid.shape,
@@ -97,7 +127,8 @@ class VolumeCache:
             }
             self._publish(key, prepared.array.astype(np.float16), facts)
         background = float(json.loads(self._facts(key).read_bytes())["background"])
-        return np.load(self._path(key), mmap_mode="r"), None, background
+        image = np.load(self._path(key), mmap_mode="r")
+        return Case(called, image, background, self._grid(key))
 
     def _grid(self, key: str) -> Grid:
         facts = json.loads(self._facts(key).read_bytes())
@@ -137,19 +168,32 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("/".join([_VERSION, *parts]).encode()).hexdigest()
 
 
-def _read(scan: ScanFile, kind: str) -> Volume:
-    path = scan.image if kind == "image" else scan.labels
-    assert path is not None
+def _read(path: Path, called: str, kind: Kind) -> Volume:
     code = "unusable_scan" if kind == "image" else "unusable_labels"
     try:
-        return read_scan(path, kind="image" if kind == "image" else "labels").volume
+        return read_scan(path, kind=kind).volume
     except ScanError as error:
-        raise DataError(code, f"scan {scan.id}: {error.code}: {error.detail}") from error
+        raise DataError(code, f"scan {called}: {error.code}: {error.detail}") from error
+
+
+def _refuse_another_grid(scan: str, channel: str, found: Grid, expected: Grid) -> None:
+    """Channels are voxels of one place; there is no guessing how to bring them together."""
+    if found.shape != expected.shape:
+        raise DataError(
+            "unusable_scan",
+            f"scan {scan}: channel {channel} is {found.shape} voxels of the recipe's spacing, "
+            f"the first channel {expected.shape}",
+        )
+    if not np.allclose(found.affine, expected.affine, atol=_GRID_TOLERANCE_MM):
+        raise DataError(
+            "unusable_scan", f"scan {scan}: channel {channel} lies elsewhere than the first"
+        )
 
 
 def _make_labels(scan: ScanFile, recipe: FinetuneRecipe, target: Grid) -> NDArray[np.uint8]:
-    labels = _read(scan, "labels")
-    image = _read(scan, "image")
+    assert scan.labels is not None
+    labels = _read(scan.labels, scan.id, "labels")
+    image = _read(scan.image, scan.id, "image")
     if labels.shape != image.shape:
         raise DataError(
             "unusable_labels",
@@ -159,7 +203,7 @@ def _make_labels(scan: ScanFile, recipe: FinetuneRecipe, target: Grid) -> NDArra
         raise DataError("unusable_labels", f"scan {scan.id}: labels lie elsewhere than the image")
     try:
         return prepare_labels(
-            labels.voxels, labels.grid, target, recipe.labels, recipe.unlisted_labels
+            labels.voxels, labels.grid, target, recipe.values, recipe.unlisted_labels
         )
     except ValueError as error:
         raise DataError("unusable_labels", f"scan {scan.id}: {error}") from error

@@ -9,7 +9,7 @@ N images, B batch, C channels, S rows and columns of the stored square.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,11 +22,12 @@ from torch import Tensor
 from imaging.errors import ScanError
 from imaging.image2d import read_image
 from models.preprocess2d import prepare_image
-from models.recipe import Preprocessing2d
+from models.recipe import Normalisation, Preprocessing2d
 from trainer.data.cache import publish_array
-from trainer.data.scans import ScanFile, digest_of
+from trainer.data.scan_set import ScanFile, digest_of
 from trainer.errors import DataError
 from trainer.randomness import generator
+from trainer.report import Report
 
 Stored = Literal["uint8", "float16"]
 Square = NDArray[np.uint8 | np.float16]
@@ -49,7 +50,7 @@ class ImageCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def image(self, scan: ScanFile, spec: Preprocessing2d) -> Square:
-        """The image as a square (S, S), [0, 1] in float16 or 0 to 255 in uint8; memory-mapped.
+        """The image as a square (S, S), [0, 1] in float16 or 0 to 255 in uint8.
 
         Raises:
             DataError: `unusable_scan`, with the scan's id and the reason.
@@ -60,10 +61,13 @@ class ImageCache:
         path = self._folder / f"{hashlib.sha256(parts.encode()).hexdigest()}.npy"
         if not path.is_file():
             publish_array(path, self._make(scan, spec))
-        square: Square = np.load(path, mmap_mode="r")
+        # Read whole: a memory map would hold a file open for each of 100,000 images.
+        square: Square = np.load(path)
         return square
 
     def _make(self, scan: ScanFile, spec: Preprocessing2d) -> Square:
+        if len(scan.images) != 1 or scan.image.is_dir():
+            raise DataError("unusable_scan", f"scan {scan.id} is not one file with one 2D image")
         try:
             pixels = read_image(scan.image).pixels
         except ScanError as error:
@@ -86,19 +90,68 @@ class ResidentImages:
     pixels: Tensor
 
     @classmethod
-    def of(cls, squares: Sequence[Square], *, device: torch.device) -> ResidentImages:
-        """Lay out grey squares (S, S) of one size and type, one after another."""
-        first = torch.from_numpy(np.array(squares[0]))
-        side = first.shape[0]
-        pixels = torch.empty(len(squares), 1, side, side, dtype=first.dtype, device=device)
+    def of(
+        cls, squares: Iterable[Square], *, device: torch.device, count: int | None = None
+    ) -> ResidentImages:
+        """Lay out grey squares (S, S) of one size and type, one after another.
+
+        Args:
+            squares: At least one; of an iterator, one at a time is in memory.
+            device: Where they will lie.
+            count: How many they are, if that cannot be asked.
+        """
+        if count is None:
+            squares = list(squares)
+            count = len(squares)
+        pixels = torch.empty(0)
         for at, square in enumerate(squares):
-            pixels[at, 0] = torch.from_numpy(np.array(square))
+            stored = torch.from_numpy(square)
+            if at == 0:
+                pixels = torch.empty(count, 1, *stored.shape, dtype=stored.dtype, device=device)
+            pixels[at, 0] = stored
         return cls(pixels)
 
     def take(self, index: Tensor) -> Tensor:
         """Images (B, C, S, S) in [0, 1], float32, by their places (B,)."""
         chosen = self.pixels[index.to(self.pixels.device)].float()
         return chosen / 255.0 if self.pixels.dtype == torch.uint8 else chosen
+
+
+    def inputs(self, index: Tensor, spec: Preprocessing2d) -> Tensor:
+        """Network input (B, 3, S, S) of whole images, as serving makes it."""
+        return as_channels(self.take(index), spec.normalisation)
+
+
+def as_channels(x: Tensor, normalisation: Normalisation | None) -> Tensor:
+    """Network input (B, 3, n, n) from images in [0, 1]; a grey one is repeated."""
+    x = x.expand(-1, 3, -1, -1)
+    if normalisation is None:
+        return x
+    mean = x.new_tensor(normalisation.mean)[:, None, None]
+    std = x.new_tensor(normalisation.std)[:, None, None]
+    return (x - mean) / std
+
+
+def load_images(
+    scans: Sequence[ScanFile],
+    spec: Preprocessing2d,
+    cache: Path,
+    report: Report,
+    device: torch.device,
+) -> ResidentImages:
+    """Decode the images that the cache does not have yet, and lay out all.
+
+    Raises:
+        DataError: `unusable_scan`, with the scan's id and the reason.
+    """
+    store = ImageCache(cache)
+
+    def squares() -> Iterator[Square]:
+        for done, scan in enumerate(scans, start=1):
+            yield store.image(scan, spec)
+            report.progress("prepare", done, len(scans))
+
+    return ResidentImages.of(squares(), device=device, count=len(scans))
 
 
 def draw_batch(num_images: int, batch_size: int, *, seed: int, step: int) -> Tensor:

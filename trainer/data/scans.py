@@ -1,92 +1,117 @@
 """Which scans a run trains on: a folder as people have it, or the service's JSON list.
 
-A folder holds NIfTI files, DICOM folders or zips; `X_image.nii.gz` belongs with `X_label.nii.gz`.
-With subfolders `train`, `val` and `test` the split is theirs, else every scan is for training.
+What a folder looks like is told in `trainer.data.scan_folder`. Where neither subfolders nor the
+list say who trains, validates and tests, subjects are split by the shares of the recipe.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from models.bundle import sha256_of
+from models.recipe import SplitShares
+from models.splits import split_by_subject
+from trainer.data.scan_folder import from_folder
+from trainer.data.scan_set import SPLITS, Example, Point, ScanFile, ScanSet, Split
 from trainer.errors import DataError
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+__all__ = ["SPLITS", "Example", "ScanFile", "ScanSet", "Split", "discover"]
 
 
-@dataclass(frozen=True, slots=True)
-class ScanFile:
-    """One scan on disk; `id` names it in messages."""
-
-    id: str
-    image: Path
-    labels: Path | None
-    subject: str
-    split: Split
-
-
-@dataclass(frozen=True, slots=True)
-class ScanSet:
-    """The scans of a run, and a SHA-256 over what they are."""
-
-    digest: str
-    scans: tuple[ScanFile, ...]
-
-    def of(self, split: Split) -> tuple[ScanFile, ...]:
-        """The scans of one split."""
-        return tuple(scan for scan in self.scans if scan.split == split)
-
-
-def discover(path: Path) -> ScanSet:
+def discover(
+    path: Path,
+    *,
+    channels: Sequence[str] = ("image",),
+    shares: SplitShares | None = None,
+    dims: Literal[2, 3] = 3,
+) -> ScanSet:
     """Find the scans of a folder or a JSON list (docs/architecture.md, trainer).
 
+    Args:
+        path: The folder, or the list.
+        channels: The images that a scan of a folder consists of.
+        shares: How to split subjects where nothing else says; None leaves all for training.
+        dims: Whether scans of a folder are volumes or 2D images.
+
     Raises:
-        DataError: `no_scans`, `bad_scan_list`.
+        DataError: `no_scans`, `bad_scan_list`, `split_leaks_subject`.
     """
     if path.is_file():
-        found = _from_json(path)
+        found, is_split = _from_json(path)
     elif path.is_dir():
-        found = _from_folder(path)
+        found, is_split = from_folder(path, channels, dims)
     else:
         raise DataError("no_scans", "the --scans path does not exist")
+    if shares is not None and not is_split:
+        found = _split(found, shares)
+    _refuse_leaks(found)
     if not found.of("train"):
         raise DataError("no_scans", f"{len(found.scans)} scans found, none of them for training")
     return found
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files in the order of their own digests."""
-    if path.is_file():
-        return sha256_of(path)
-    parts = sorted(sha256_of(file) for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+def _split(scans: ScanSet, shares: SplitShares) -> ScanSet:
+    """Subjects with labels, or with a finding, are split apart from the others."""
+    counts: dict[str, bool] = defaultdict(bool)
+    for scan in scans.scans:
+        has_finding = any(1 in example.classes.values() for example in scan.examples)
+        counts[scan.subject] |= has_finding or scan.labels is not None
+    by_name: dict[str, float] = {name: getattr(shares, name) for name in SPLITS}
+    placed = split_by_subject(counts, by_name, shares.seed)
+    moved = [
+        dataclasses.replace(scan, split=split)
+        for scan in scans.scans
+        for split in SPLITS
+        if placed[scan.subject] == split
+    ]
+    facts = [scans.digest, *sorted(f"{subject} {split}" for subject, split in placed.items())]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    return ScanSet(digest, tuple(moved))
 
 
-class _Entry(BaseModel):
+def _refuse_leaks(scans: ScanSet) -> None:
+    """A subject who trains and tests would make the test worthless."""
+    split_of: dict[str, Split] = {}
+    for scan in scans.scans:
+        other = split_of.setdefault(scan.subject, scan.split)
+        if other != scan.split:
+            raise DataError(
+                "split_leaks_subject",
+                f"scan {scan.id}: its subject is in {scan.split} and in {other}",
+            )
+
+
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+class _Example(_Strict):
+    classes: dict[str, Literal[0, 1]]
+    centre_mm: Point | None = None
+
+
+class _Entry(_Strict):
     id: str
-    image: Path
+    image: Path | tuple[Path, ...]
     labels: Path | None = None
     subject: str = ""
     split: Split | None = None
+    examples: tuple[_Example, ...] = ()
 
 
-class _ScanList(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _ScanList(_Strict):
     digest: str
     scans: tuple[_Entry, ...]
 
 
-def _from_json(path: Path) -> ScanSet:
+def _from_json(path: Path) -> tuple[ScanSet, bool]:
+    """The scans, and whether the list says how they are split."""
     try:
         listed = _ScanList.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -96,49 +121,23 @@ def _from_json(path: Path) -> ScanSet:
     scans = tuple(
         ScanFile(
             id=entry.id,
-            image=path.parent / entry.image,
+            images=tuple(path.parent / image for image in _paths(entry.image)),
             labels=None if entry.labels is None else path.parent / entry.labels,
             subject=entry.subject or entry.id,
             split=entry.split or "train",
+            examples=tuple(Example(e.classes, e.centre_mm) for e in entry.examples),
         )
         for entry in listed.scans
     )
     for scan in scans:
-        for file in (scan.image, scan.labels):
+        if not scan.images:
+            raise DataError("bad_scan_list", f"scan {scan.id}: it has no image")
+        for file in (*scan.images, scan.labels):
             if file is not None and not file.exists():
                 raise DataError("bad_scan_list", f"scan {scan.id}: a file of it does not exist")
-    return ScanSet(listed.digest, scans)
+    is_split = any(entry.split is not None for entry in listed.scans)
+    return ScanSet(listed.digest, scans), is_split
 
 
-def _from_folder(folder: Path) -> ScanSet:
-    if (folder / "train").is_dir():
-        scans = [s for split in SPLITS for s in _scans_in(folder / split, split)]
-    else:
-        scans = list(_scans_in(folder, "train"))
-    facts = sorted(
-        f"{digest_of(s.image)} {digest_of(s.labels) if s.labels else '-'} {s.split}" for s in scans
-    )
-    return ScanSet(hashlib.sha256("\n".join(facts).encode()).hexdigest(), tuple(scans))
-
-
-def _scans_in(folder: Path, split: Split) -> Iterator[ScanFile]:
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        stem, suffix = _stem(path)
-        if path.name.startswith(".") or stem.endswith("_label"):
-            continue
-        if path.is_dir() or suffix in (".nii", ".nii.gz", ".zip"):
-            name = stem.removesuffix("_image")
-            labels = [folder / f"{name}_label{ending}" for ending in (".nii.gz", ".nii")]
-            found = next((label for label in labels if label.is_file()), None)
-            yield ScanFile(id=name, image=path, labels=found, subject=name, split=split)
-
-
-def _stem(path: Path) -> tuple[str, str]:
-    for suffix in (".nii.gz", ".nii", ".zip"):
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix), suffix
-    return path.name, ""
-
-
+def _paths(image: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    return (image,) if isinstance(image, Path) else image

@@ -13,7 +13,7 @@ a choice:
   statistics follow the ordinary encoder's by the EMA and by nothing else.
 
 Suffixes: o ordinary, m momentum, h hybrid encoder; 1 clean, 2 corrupted view.
-B batch, C channels of the bottleneck, E embedding, N queue, I J K voxels.
+B batch, C channels of the bottleneck, E embedding, N queue, I J K voxels; in 2D I J pixels.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor, nn
 
 from models.networks.heads import Projector, TransAttention
+from models.networks.resnet_unet2d import Features2d, ResNet18Encoder
 from models.networks.unet3d import Features, SkipResponses, UNet3d, UNet3dEncoder
-from models.recipe import PretrainRecipe
+from models.recipe import AnyPretrain, PretrainRecipe
 from trainer import ema
+from trainer.build import build_student
 from trainer.data import augment
+from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
 from trainer.losses import binary_nce_loss, mean_candidate, nce_loss
 from trainer.methods import views as batches
 from trainer.methods.queue import Queue
 from trainer.methods.views import Views
+
+AnyFeatures = Features | Features2d
 
 CONTRASTED = {
     "views": ("query", "key"),
@@ -72,16 +77,21 @@ class Pcrl(nn.Module):
 
     normaliser: Tensor
 
-    def __init__(self, recipe: PretrainRecipe) -> None:
+    def __init__(self, recipe: AnyPretrain) -> None:
         super().__init__()
-        method = recipe.method
+        method, network = recipe.method, recipe.network
         self.recipe = recipe
-        self.student, channels = make_student(recipe)
+        self.student = build_student(recipe, fused=_is_fused(recipe))
         self.attention = TransAttention(
-            channels, kind=method.attention, rank=method.outer_rank, post_conv=method.post_conv
+            network.num_features,
+            kind=method.attention,
+            rank=method.outer_rank,
+            post_conv=method.post_conv,
+            num_indicators=augment.num_indicators(network.dims),
+            dims=network.dims,
         )
-        self.projector = Projector(channels, method.embedding_size)
-        self.momentum_encoder: UNet3dEncoder = copy.deepcopy(self.student.encoder)
+        self.projector = Projector(network.num_features, method.embedding_size)
+        self.momentum_encoder: UNet3dEncoder | ResNet18Encoder = copy.deepcopy(self.student.encoder)
         self.momentum_projector: Projector = copy.deepcopy(self.projector)
         ema.freeze(self.momentum_encoder)
         ema.freeze(self.momentum_projector)
@@ -92,14 +102,16 @@ class Pcrl(nn.Module):
         """Parameters that the optimizer moves."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def make_views(self, volumes: Resident, sampler: PairSampler, step: int) -> Views:
+    def make_views(
+        self, volumes: Resident | ResidentImages, sampler: PairSampler | None, step: int
+    ) -> Views:
         """Draw and make the batch of a step; depends on the recipe's seed and the step alone."""
         return batches.make_views(self.recipe, volumes, sampler, step)
 
     def losses(self, views: Views) -> Losses:
         """Eq. 5-8 of the paper for one batch."""
         method = self.recipe.method
-        features_o: Features = self.student.encoder(views.input_o)
+        features_o: AnyFeatures = self.student.encoder(views.input_o)
         features_m = self._encode_momentum(views.input_m, views.order)
         plain = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
         attended = self._attend(plain, views)
@@ -132,7 +144,7 @@ class Pcrl(nn.Module):
         self.normaliser.copy_(losses.normaliser)
 
     @torch.no_grad()
-    def _encode_momentum(self, image: Tensor, order: Tensor) -> Features:
+    def _encode_momentum(self, image: Tensor, order: Tensor) -> AnyFeatures:
         """Encode in shuffled groups, so that a key's batch statistics do not give its query away.
 
         On one device this is what shuffling over devices is in MoCo (row 22).
@@ -141,7 +153,9 @@ class Pcrl(nn.Module):
         groups = min(self.recipe.method.momentum_groups, len(shuffled) // 2)
         parts = [self.momentum_encoder(part) for part in shuffled.chunk(groups)]
         back = order.argsort()
-        return Features(*(torch.cat(level)[back] for level in zip(*parts, strict=True)))
+        levels = [torch.cat(level)[back] for level in zip(*parts, strict=True)]
+        encoded: AnyFeatures = type(parts[0])._make(levels)
+        return encoded
 
     def _attend(self, plain: dict[str, Tensor], views: Views) -> dict[str, Tensor]:
         """TransAtt on each bottleneck; the hybrid is mixed before it or after it (row 6)."""
@@ -168,8 +182,8 @@ class Pcrl(nn.Module):
         return _with_hybrid(target_o, target_m, views.mix)
 
     def _skips(
-        self, features_o: Features, features_m: Features, lam: Tensor
-    ) -> dict[str, Features] | dict[str, SkipResponses]:
+        self, features_o: AnyFeatures, features_m: AnyFeatures, lam: Tensor
+    ) -> dict[str, AnyFeatures] | dict[str, SkipResponses]:
         """What each decode takes from above the bottleneck.
 
         Fused, the hybrid's response to its mixed skips (Eq. 6) is the mix of the two responses:
@@ -177,10 +191,12 @@ class Pcrl(nn.Module):
         """
         if not self.recipe.method.skip:
             return {"o": features_o, "m": features_m, "h": features_o}  # the decoder reads none
-        if not self.recipe.fused:
+        if not _is_fused(self.recipe):
             pairs = zip(features_o, features_m, strict=True)
-            mixed = Features(*(_mix(o, m, lam) for o, m in pairs))
+            mixed = type(features_o)._make(_mix(o, m, lam) for o, m in pairs)
             return {"o": features_o, "m": features_m, "h": mixed}
+        assert isinstance(self.student, UNet3d)
+        assert isinstance(features_o, Features) and isinstance(features_m, Features)
         response_o = self.student.decoder.skip_responses(features_o)
         response_m = self.student.decoder.skip_responses(features_m)
         responses = zip(response_o, response_m, strict=True)
@@ -190,7 +206,7 @@ class Pcrl(nn.Module):
     def _reconstruct(
         self,
         bottlenecks: dict[str, Tensor],
-        skips: dict[str, Features] | dict[str, SkipResponses],
+        skips: dict[str, AnyFeatures] | dict[str, SkipResponses],
         targets: dict[str, Tensor],
         prefix: str = "",
     ) -> dict[str, Tensor]:
@@ -201,13 +217,15 @@ class Pcrl(nn.Module):
             if prefix + encoder in self.recipe.method.reconstructions
         }
 
-    def _decode(self, bottleneck: Tensor, skips: Features | SkipResponses) -> Tensor:
-        """The reconstruction in [0, 1], float32 (B, 1, I, J, K)."""
+    def _decode(self, bottleneck: Tensor, skips: AnyFeatures | SkipResponses) -> Tensor:
+        """The reconstruction, float32 (B, 1, I, J, K) in [0, 1]; in 2D (B, 3, I, J), any value."""
         if isinstance(skips, SkipResponses):
+            assert isinstance(self.student, UNet3d)
             decoded = self.student.decoder.decode(bottleneck, skips)
         else:
             decoded = self.student.decoder(skips._replace(bottleneck=bottleneck))
-        return torch.sigmoid(self.student.out(decoded).float())
+        out: Tensor = self.student.out(decoded).float()
+        return torch.sigmoid(out) if isinstance(self.student, UNet3d) else out
 
     def _embed(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
         """Query, key and, if it is pushed, the hybrid's embedding, (B, E) each (Eq. 7)."""
@@ -230,7 +248,7 @@ class Pcrl(nn.Module):
         def mixed(x: Tensor) -> Tensor:
             return _mix(x, x[views.partner], views.mixup)
 
-        features_o: Features = self.student.encoder(mixed(views.input_o))
+        features_o: AnyFeatures = self.student.encoder(mixed(views.input_o))
         features_m = self._encode_momentum(mixed(views.input_m), views.order)
         bottlenecks = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
         targets = _with_hybrid(mixed(views.clean_o), mixed(views.clean_m), views.mix)
@@ -274,11 +292,8 @@ class Pcrl(nn.Module):
         return torch.where(self.normaliser > 0, moved, estimate)
 
 
-def make_student(recipe: PretrainRecipe) -> tuple[UNet3d, int]:
-    """The ordinary encoder with its decoder, and the channels of its bottleneck."""
-    width = recipe.network.base_width
-    student = UNet3d(1, 1, width, "batch", fused=recipe.fused, skip=recipe.method.skip)
-    return student, 16 * width
+def _is_fused(recipe: AnyPretrain) -> bool:
+    return isinstance(recipe, PretrainRecipe) and recipe.fused
 
 
 def _with_hybrid(ordinary: Tensor, momentum: Tensor, lam: Tensor) -> dict[str, Tensor]:

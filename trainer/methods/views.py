@@ -2,7 +2,7 @@
 
 Everything follows from the recipe's seed and the step, each purpose with its own generator.
 
-B batch, I J K voxels of the input size.
+B batch, I J K voxels of the input size. In 2D views are (B, 3, I, J) and indicators 6 long.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.recipe import Pcrl, PretrainRecipe
-from trainer.data import augment, shuffle
+from models.recipe import AnyPretrain, Pcrl, PretrainRecipe, PretrainRecipe2d
+from trainer.data import augment, augment2d, shuffle
+from trainer.data.images2d import ResidentImages, as_channels, draw_batch
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
 from trainer.randomness import generator
@@ -50,9 +51,66 @@ class Views:
     partner: Tensor
 
 
-def make_views(recipe: PretrainRecipe, volumes: Resident, sampler: PairSampler, step: int) -> Views:
-    """Draw and make the batch of a step; depends on the recipe's seed and the step alone."""
-    crops, method, seed, batch = recipe.crops, recipe.method, recipe.seed, recipe.batch_size
+def make_views(
+    recipe: AnyPretrain,
+    volumes: Resident | ResidentImages,
+    sampler: PairSampler | None,
+    step: int,
+) -> Views:
+    """Draw and make the batch of a step; depends on the recipe's seed and the step alone.
+
+    Args:
+        recipe: In 3D or in 2D.
+        volumes: What views are cut from: images, if the recipe is in 2D.
+        sampler: Of crops of volumes; None for images.
+        step: From 1.
+    """
+    method, seed, batch = recipe.method, recipe.seed, recipe.batch_size
+    if isinstance(volumes, ResidentImages):
+        assert isinstance(recipe, PretrainRecipe2d)
+        device = volumes.pixels.device
+        clean, spoiled, scan = _pairs_of_images(recipe, volumes, step)
+    else:
+        assert isinstance(recipe, PretrainRecipe) and sampler is not None
+        device = volumes.flat.device
+        clean, spoiled, scan = _pairs_of_crops(recipe, volumes, sampler, step)
+    codes = generator(seed, step, "indicators")
+    count = 3 if method.crossmix == "before_attention" else 2
+    dims = recipe.network.dims
+    indicators = torch.stack(
+        [augment.draw_indicators(batch, codes, dims=dims) for _ in range(count)]
+    )
+    order, partner = (
+        torch.randperm(batch, generator=generator(seed, step, purpose)).to(device)
+        for purpose in ("order", "partner")
+    )
+    # Filled on the device, as a copy from the host would wait for it.
+    mix, mixup = (
+        torch.full((), draw_mix(method, generator(seed, step, purpose)), device=device)
+        for purpose in ("mix", "mixup")
+    )
+    return Views(
+        clean_o=clean[0],
+        clean_m=clean[1],
+        input_o=spoiled[0],
+        input_m=spoiled[1],
+        scan=scan.to(device),
+        indicators=indicators.to(device),
+        mix=mix,
+        order=order,
+        mixup=mixup,
+        partner=partner,
+    )
+
+
+Pair = tuple[list[Tensor], list[Tensor], Tensor]
+"""Two clean views of every sample, the same corrupted, and each sample's scan."""
+
+
+def _pairs_of_crops(
+    recipe: PretrainRecipe, volumes: Resident, sampler: PairSampler, step: int
+) -> Pair:
+    crops, seed, batch = recipe.crops, recipe.seed, recipe.batch_size
     device = volumes.flat.device
     pairs = sampler.draw(batch, generator(seed, step, "pairs"))
     shapes = generator(seed, step, "geometry")
@@ -72,30 +130,32 @@ def make_views(recipe: PretrainRecipe, volumes: Resident, sampler: PairSampler, 
         augment.corrupt(view, augment.draw_corruption(crops, kind, painting), noise)
         for view in sharp
     ]
-    codes = generator(seed, step, "indicators")
-    count = 3 if method.crossmix == "before_attention" else 2
-    indicators = torch.stack([augment.draw_indicators(batch, codes) for _ in range(count)])
-    order, partner = (
-        torch.randperm(batch, generator=generator(seed, step, purpose)).to(device)
-        for purpose in ("order", "partner")
-    )
-    # Filled on the device, as a copy from the host would wait for it.
-    mix, mixup = (
-        torch.full((), draw_mix(method, generator(seed, step, purpose)), device=device)
-        for purpose in ("mix", "mixup")
-    )
-    return Views(
-        clean_o=clean[0],
-        clean_m=clean[1],
-        input_o=spoiled[0],
-        input_m=spoiled[1],
-        scan=pairs.volume.to(device),
-        indicators=indicators.to(device),
-        mix=mix,
-        order=order,
-        mixup=mixup,
-        partner=partner,
-    )
+    return clean, spoiled, pairs.volume
+
+
+def _pairs_of_images(recipe: PretrainRecipe2d, images: ResidentImages, step: int) -> Pair:
+    """Clean views are normalised as the input is: the 2D network's output has no activation."""
+    crops, seed, batch = recipe.crops, recipe.seed, recipe.batch_size
+    normalisation = recipe.preprocessing.normalisation
+    num_images, _, side, _ = images.pixels.shape
+    index = draw_batch(num_images, batch, seed=seed, step=step)
+    shapes = generator(seed, step, "geometry")
+    sharp = [
+        augment2d.make_clean(
+            images, crops, index, augment2d.draw_geometry(crops, side, batch, shapes)
+        )
+        for _ in range(2)
+    ]
+    painting = generator(seed, step, "painting")
+    noise = generator(seed, step, "noise", images.pixels.device)
+    outpainted = augment2d.draw_outpainting(crops, batch, painting)
+    spoiled = [
+        augment2d.corrupt(
+            view, augment2d.draw_corruption(crops, outpainted, painting), normalisation, noise
+        )
+        for view in sharp
+    ]
+    return [as_channels(view, normalisation) for view in sharp], spoiled, index
 
 
 def draw_mix(method: Pcrl, random: torch.Generator) -> float:

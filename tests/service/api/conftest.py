@@ -21,7 +21,15 @@ from starlette.testclient import TestClient
 from imaging.phantom import make, write_pair
 from imaging.phantom_dicom import write_dicom_zip
 from models import bundle
-from models.recipe import FinetuneRecipe, Preprocessing, PretrainRecipe, UNet3d
+from models.recipe import (
+    ClassifyRecipe,
+    FinetuneRecipe,
+    Preprocessing,
+    Preprocessing2d,
+    PretrainRecipe,
+    PretrainRecipe2d,
+    UNet3d,
+)
 from service import auth, db, migrate, registry, runs
 from service.app import create_app
 from service.auth import Role
@@ -212,20 +220,32 @@ def world(api: Api, scans: Scans) -> World:
     )
 
 
-def register(api: Api, name: str, kind: str, *, base_width: int = 8, run_id: Any = None) -> None:
+def register(
+    api: Api,
+    name: str,
+    kind: str,
+    *,
+    base_width: int = 8,
+    activation: str = "softmax",
+    run_id: Any = None,
+    is_2d: bool = False,
+) -> None:
     """Put a bundle into the store and the registry. The API opens no model, so any bytes do."""
-    recipe: Any = PretrainRecipe(network=UNet3d(base_width=base_width))
-    if kind == "segmenter":
-        recipe = FinetuneRecipe(labels={"liver": 1}, network=UNet3d(base_width=base_width))
-    output = "logits" if kind == "segmenter" else "embedding"
+    network = UNet3d(base_width=base_width)
+    recipes: dict[str, Any] = {
+        "encoder": PretrainRecipe(network=network),
+        "segmenter": FinetuneRecipe(labels={"liver": 1}, network=network),
+        "classifier": ClassifyRecipe(labels=("liver",), network=network),
+    }
     manifest = bundle.Manifest(
         kind=kind,  # type: ignore[arg-type]
-        labels=("liver",) if kind == "segmenter" else (),
+        labels=() if kind == "encoder" else ("liver",),
+        activation=activation,  # type: ignore[arg-type]
         inputs=(bundle.TensorSpec(name="image", shape=("batch", 1, 16, 16, 16)),),
-        outputs=(bundle.TensorSpec(name=output, shape=("batch", 2)),),
-        preprocessing=Preprocessing(),
-        patch_size=(16, 16, 16),
-        recipe=recipe,
+        outputs=(bundle.TensorSpec(name="output", shape=("batch", 2)),),
+        preprocessing=Preprocessing2d() if is_2d else Preprocessing(),
+        patch_size=(224, 224) if is_2d else (16, 16, 16),
+        recipe=PretrainRecipe2d() if is_2d else recipes[kind],
         lineage=bundle.Lineage(
             dataset_digest="0" * 64, seed=0, num_steps=1, code_version="0", torch_version="0"
         ),

@@ -82,6 +82,16 @@ def test_a_bad_request_queues_nothing(api, world, collection, volume, model, sta
     assert api.counts() == before
 
 
+def test_regions_that_may_overlap_fit_no_mask(api, world, new_model):
+    new_model(api, "regions", "segmenter", activation="sigmoid")
+    before = api.counts()
+
+    asked = api("POST", "/segmentations", json={"volume_id": world.image, "model": "regions"})
+
+    assert (asked.status_code, asked.json()["code"]) == (422, "wrong_model_kind")
+    assert "may overlap" in asked.json()["detail"] and api.counts() == before
+
+
 def test_a_result_is_not_there_before_the_run_has_succeeded(api, asked):
     early = api("GET", f"/segmentations/{asked}/mask")
     api("POST", f"/segmentations/{asked}:cancel", role="annotator")

@@ -21,6 +21,39 @@ def test_a_model_shows_its_versions_newest_first_and_its_aliases(api, new_model)
     assert api("GET", "/models/shown/versions/3").status_code == 404
 
 
+def test_a_classifier_is_a_model_and_segments_nothing(api, world, new_model):
+    new_model(api, "sorter", "classifier", activation="sigmoid")
+    before = api.counts()
+
+    asked = api("POST", "/segmentations", json={"volume_id": world.image, "model": "sorter"})
+
+    assert api("GET", "/models/sorter").json()["kind"] == "classifier"
+    assert api("GET", "/models/sorter/versions/1").json()["manifest"]["labels"] == ["liver"]
+    assert (asked.status_code, asked.json()["code"]) == (422, "wrong_model_kind")
+    assert "kind classifier" in asked.json()["detail"] and api.counts() == before
+
+
+def test_a_model_of_2d_images_is_shown_and_takes_no_volume(api, world, new_model):
+    new_model(api, "films", "encoder", is_2d=True)
+    before = api.counts()
+
+    asked = api("POST", "/embeddings", json={"volume_id": world.image, "model": "films"})
+    recipe = {"labels": {"liver": 1}, "network": {"base_width": 8}}
+    body = {"kind": "finetune", "dataset_id": world.labelled, "model_name": "tuned",
+            "parent": "films", "recipe": recipe}  # fmt: skip
+    tuned = api("POST", "/runs", json=body)
+
+    shown = api("GET", "/models/films/versions/1").json()["manifest"]
+    assert shown["recipe"]["network"] == {
+        "kind": "resnet18_unet2d", "in_channels": 3, "width": 64
+    }  # fmt: skip
+    assert (asked.status_code, asked.json()["code"]) == (422, "wrong_model_kind")
+    assert "2D images" in asked.json()["detail"]
+    assert (tuned.status_code, tuned.json()["code"]) == (422, "incompatible_parent")
+    assert "resnet18_unet2d of in_channels 3, width 64" in tuned.json()["detail"]
+    assert api.counts() == before
+
+
 def test_models_are_listed_by_name_page_by_page(api, new_model):
     for name in ("page-c", "page-a", "page-b"):
         new_model(api, name, "encoder")

@@ -58,6 +58,13 @@ def test_a_fine_tuning_remembers_which_version_its_parent_was(api, world):
         (pretrain, {"recipe": {"learning_rat": 1}}, 422, "invalid_request"),
         (pretrain, {"recipe": {"kind": "finetune", "labels": {"a": 1}}}, 422, "invalid_request"),
         (pretrain, {"parent": "encoder"}, 422, "invalid_request"),
+        (finetune, {"recipe": {"kind": "classify", "labels": ["a"]}}, 422, "invalid_request"),
+        (
+            finetune,
+            {"recipe": {"labels": {"a": 1}, "channels": ["t1", "t2"]}},
+            422,
+            "invalid_request",
+        ),
         (pretrain, {"dataset_id": f"ds_{HEX}"}, 404, "not_found"),
         (pretrain, {"model_name": "segmenter"}, 422, "wrong_model_kind"),
         (pretrain, {"model_name": "Not A Name"}, 422, "invalid_request"),
