@@ -24,8 +24,8 @@ from trainer.methods.pcrl import Pcrl
 from trainer.methods.views import Views
 
 SCAN_SHAPE = (160, 160, 128)
-SMOKE_VARIABLE = "PCRL_GPU_SMOKE"
-"""Set to 1, `gpu.sh` runs at tiny sizes on whatever device there is."""
+TINY_CROPS = CropPairs(input_size=(16, 16, 16), crop_sizes=((16, 16, 16), (24, 24, 16)))
+"""To see whether a benchmark runs at all (`--smoke`)."""
 
 
 def training_device() -> torch.device:
@@ -112,15 +112,27 @@ class Training:
 def seconds(
     work: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int
 ) -> list[float]:
-    """Wall seconds of each repeat, the device having finished."""
+    """Seconds of each repeat.
+
+    On a GPU by the clock, the device having finished. On a CPU processor time of this process,
+    which `use_one_thread` has given one thread: neighbours on a shared machine count little then.
+    """
+    is_cuda = device.type == "cuda"
+    clock = time.perf_counter if is_cuda else time.process_time
     taken = []
     for _ in range(warm_up + repeats):
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         work()
         _wait(device)
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return taken[warm_up:]
+
+
+def use_one_thread(device: torch.device) -> None:
+    """On a CPU; work for a GPU keeps its threads."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
 
 
 def show_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
