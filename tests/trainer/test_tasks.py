@@ -65,3 +65,12 @@ def test_the_supervisor_never_imports_torch():
     )
 
     assert found.stdout.strip() == "[]"
+
+
+def test_of_several_ranks_the_first_error_that_says_something_is_kept():
+    news = tasks._News(None, None)
+
+    for code in ("failed", "gpu_out_of_memory", "host_out_of_memory", "failed"):
+        news.take(b'{"event": "error", "code": "%s", "detail": "x"}' % code.encode())
+
+    assert news.error == {"code": "gpu_out_of_memory", "detail": "x"}
