@@ -158,7 +158,7 @@ def test_values_travel_as_far_as_in_a_loop_with_a_permutation_for_each_window() 
     np.testing.assert_allclose(stayed[1], stayed[0], atol=0.01)
     assert actual.max(axis=(0, 1)).tolist() == expected.max(axis=(0, 1)).tolist() == [2, 2, 1]
     kept = [np.mean([len(np.unique(x)) / x.size for x in many]) for many in (loop, ours)]
-    assert kept[0] < 0.9 and abs(kept[0] - kept[1]) < 0.01  # what is overwritten is lost
+    assert kept[0] < 0.97 and abs(kept[0] - kept[1]) < 0.01  # what is overwritten is lost
     half = shuffle_pixels(views, windows_of(60, num_windows // 2, shape), orders_of(shape))
     assert (distances(half[:, 0].numpy()) == 0).all(axis=2).mean() > stayed[0] + 0.1
 
