@@ -91,6 +91,23 @@ def test_corrupted_views_are_finite_differ_and_follow_from_the_step(
     assert not torch.equal(first.input_o, first.clean_o)
 
 
+@pytest.mark.parametrize("transforms", TRANSFORMS)
+def test_no_host_waits_for_the_gpu_while_views_are_made(transforms: dict[str, object]) -> None:
+    crops = CROPS.model_copy(update=transforms)
+    recipe = recipe_of(is_fused=True).model_copy(update={"crops": crops})
+    volumes = resident(CUDA)
+    sampler = PairSampler(crops, volumes.shapes)
+    views = make_views(recipe, volumes, sampler, 1)  # kernels load, tables are cached
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        make_views(recipe, volumes, sampler, 2)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            float(views.input_o.mean())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_shuffling_is_the_same_on_both_devices() -> None:
     shape = (30, 20, 24)
     views = torch.rand(3, 1, *shape)
