@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.recipe import CropPairs, PretrainRecipe
+from trainer.build import lay_out
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PairSampler
 from trainer.methods.pcrl import Pcrl
@@ -87,12 +88,15 @@ class Training:
     def of(cls, recipe: PretrainRecipe, device: torch.device, *, is_compiled: bool) -> Training:
         """A fresh one."""
         torch.manual_seed(recipe.seed)
-        method = Pcrl(recipe).to(device).train()
+        method = Pcrl(recipe).train()
+        method.to(device)
+        lay_out(method)
         optimizer = torch.optim.SGD(
             method.trained(),
             lr=recipe.learning_rate,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
+            fused=True,
         )
         losses = torch.compile(method.losses) if is_compiled else method.losses
         return cls(method, optimizer, losses)

@@ -14,7 +14,7 @@ from models.recipe import CropPairs, PretrainRecipe
 from trainer.data import augment
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
-from trainer.data.shuffle import Windows, draw_windows, shuffle_pixels
+from trainer.data.shuffle import Windows, draw_orders, draw_windows, shuffle_pixels
 from trainer.methods.pcrl import Pcrl
 from trainer.methods.views import Views, make_views
 from trainer.randomness import generator
@@ -91,20 +91,39 @@ def test_corrupted_views_are_finite_differ_and_follow_from_the_step(
     assert not torch.equal(first.input_o, first.clean_o)
 
 
+@pytest.mark.parametrize("transforms", TRANSFORMS)
+def test_no_host_waits_for_the_gpu_while_views_are_made(transforms: dict[str, object]) -> None:
+    crops = CROPS.model_copy(update=transforms)
+    recipe = recipe_of(is_fused=True).model_copy(update={"crops": crops})
+    volumes = resident(CUDA)
+    sampler = PairSampler(crops, volumes.shapes)
+    views = make_views(recipe, volumes, sampler, 1)  # kernels load, tables are cached
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        make_views(recipe, volumes, sampler, 2)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            float(views.input_o.mean())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_shuffling_is_the_same_on_both_devices() -> None:
-    views = torch.rand(3, 1, 30, 20, 24)
-    windows = draw_windows((30, 20, 24), 3, generator(0, 1, "windows"))
+    shape = (30, 20, 24)
+    views = torch.rand(3, 1, *shape)
+    orders = draw_orders(shape, generator(0, 1, "orders"))
+    windows = draw_windows(shape, 3, generator(0, 1, "extents"), generator(0, 1, "windows"))
     on_gpu = Windows(
-        windows.extents.to(CUDA),
-        windows.extent.to(CUDA),
+        windows.counts,
+        windows.view.to(CUDA),
+        windows.rank.to(CUDA),
         windows.start.to(CUDA),
         windows.order.to(CUDA),
-        tuple(order.to(CUDA) for order in windows.orders),
     )
 
-    shuffled = shuffle_pixels(views.to(CUDA), on_gpu).cpu()
+    shuffled = shuffle_pixels(views.to(CUDA), on_gpu, [order.to(CUDA) for order in orders]).cpu()
 
-    assert torch.equal(shuffled, shuffle_pixels(views, windows))
+    assert torch.equal(shuffled, shuffle_pixels(views, windows, orders))
     assert not torch.equal(shuffled, views)
 
 
