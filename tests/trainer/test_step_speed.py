@@ -8,45 +8,76 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.recipe import PretrainRecipe
-from trainer.data import augment, resident
+from models.recipe import PretrainRecipe, PretrainRecipe2d
+from trainer.data import augment, augment2d, images2d, resident
+from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
-from trainer.methods import pcrl
-from trainer.methods.pcrl import Pcrl
+from trainer.methods import views
+from trainer.methods.pcrl import Losses, Pcrl
 from trainer.randomness import generator
 
 
-def make(recipe: PretrainRecipe, device: str) -> tuple[Pcrl, Resident, PairSampler]:
-    volume = np.random.default_rng(0).random((32, 32, 24)).astype(np.float16)
+def make(
+    preset: str, dims: int, device: str
+) -> tuple[Pcrl, Resident | ResidentImages, PairSampler | None]:
     at = torch.device(device)
-    volumes = Resident.of([volume], fill=[0], at_least=(24, 24, 16), device=at)
+    recipe = RECIPES[dims](preset)
     torch.manual_seed(0)
     method = Pcrl(recipe).train().to(at)
+    if isinstance(recipe, PretrainRecipe2d):
+        return method, ResidentImages(torch.zeros(3, 1, 64, 64, dtype=torch.uint8, device=at)), None
+    volume = np.random.default_rng(0).random((32, 32, 24)).astype(np.float16)
+    volumes = Resident.of([volume] * 2, fill=[0, 0], at_least=(24, 24, 16), device=at)
     return method, volumes, PairSampler(recipe.crops, volumes.shapes)
+
+
+RECIPES = {
+    2: lambda preset: PretrainRecipe2d.model_validate(
+        {
+            "network": {"kind": "resnet18_unet2d", "width": 4},
+            "preprocessing": {"size": 64},
+            "crops": {"input_size": 64, "cutout_size": 8},
+            "method": {"preset": preset, "embedding_size": 8, "queue_size": 40},
+            "batch_size": 4,
+        }
+    ),
+    3: lambda preset: PretrainRecipe.model_validate(
+        {
+            "network": {"base_width": 2},
+            "preprocessing": {"spacing_mm": [2, 2, 2]},
+            "crops": {"input_size": [16, 16, 16], "crop_sizes": [[16, 16, 16], [24, 24, 16]]},
+            "method": {"preset": preset, "embedding_size": 8, "queue_size": 40},
+            "batch_size": 4,
+        }
+    ),
+}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_no_host_waits_for_the_gpu_in_a_step(pretrain_recipe: PretrainRecipe) -> None:
-    method, volumes, sampler = make(pretrain_recipe, "cuda")
+@pytest.mark.parametrize("preset", ["paper", "recommended"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_no_host_waits_for_the_gpu_in_a_step(preset: str, dims: int) -> None:
+    method, volumes, sampler = make(preset, dims, "cuda")
     optimizer = torch.optim.SGD(method.trained(), lr=0.1, momentum=0.9, fused=True)
 
-    def step(number: int) -> None:
-        views = method.make_views(volumes, sampler, number)
+    def step(number: int) -> Losses:
+        batch = method.make_views(volumes, sampler, number)
         with torch.autocast("cuda", torch.bfloat16):
-            losses = method.losses(views)
+            losses = method.losses(batch)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         optimizer.step()
         method.update(losses)
+        return losses
 
     step(1)  # kernels load, memory is reserved
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(2)
+        losses = step(2)
         with pytest.raises(RuntimeError, match="synchroniz"):
-            float(method.queue[0, 0])  # the mode sees what waits
+            float(losses.total)  # the mode sees what waits
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -67,20 +98,25 @@ class Copies(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("preset", ["paper", "recommended"])
+@pytest.mark.parametrize("dims", [2, 3])
 def test_a_step_asks_the_device_for_no_value_and_sends_it_nothing_on_the_side(
-    pretrain_recipe: PretrainRecipe, monkeypatch: pytest.MonkeyPatch
+    preset: str, dims: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On `meta`, where a tensor has no values to wait for; every copy goes through `to_device`."""
-    method, volumes, sampler = make(pretrain_recipe, "meta")
+    method, volumes, sampler = make(preset, dims, "meta")
     sent = []
 
     def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         sent.append(x)
         return torch.empty(x.shape, dtype=x.dtype, device=device)
 
-    for module in (augment, resident, pcrl):
+    for module in (augment, augment2d, images2d, resident, views):
         monkeypatch.setattr(module, "to_device", to_device)
-    monkeypatch.setattr(pcrl, "generator", lambda *key: generator(*key[:3]))
+    monkeypatch.setattr(views, "generator", lambda *key: generator(*key[:3]))
+    monkeypatch.setattr(
+        augment, "uniform_noise", lambda shape, random: torch.empty(shape, device="meta")
+    )
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
     with Copies() as copies:
@@ -90,7 +126,7 @@ def test_a_step_asks_the_device_for_no_value_and_sends_it_nothing_on_the_side(
 
     assert len(sent) > 10 and not copies.seen
     with pytest.raises((RuntimeError, NotImplementedError)):
-        float(method.queue[0, 0].detach())
+        float(losses.total.detach())
     with Copies() as copies:
         sent[0].to("meta")
     assert copies.seen
@@ -98,14 +134,14 @@ def test_a_step_asks_the_device_for_no_value_and_sends_it_nothing_on_the_side(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_step_is_one_compiled_graph_of_the_same_losses(pretrain_recipe: PretrainRecipe) -> None:
+def test_a_step_is_one_compiled_graph_of_the_same_losses() -> None:
     """Captured, not generated: inductor takes ten minutes for it on two cores."""
-    method, volumes, sampler = make(pretrain_recipe, "cpu")
+    method, volumes, sampler = make("paper", 3, "cpu")
     captured = torch.compile(method.losses, backend="eager", fullgraph=True)
 
     for number in (1, 2, 3):
-        views = method.make_views(volumes, sampler, number)
-        torch.testing.assert_close(captured(views).total, method.losses(views).total)
+        batch = method.make_views(volumes, sampler, number)
+        torch.testing.assert_close(captured(batch).total, method.losses(batch).total)
 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the mix becomes a number
     assert not torch._dynamo.utils.counters["graph_break"]

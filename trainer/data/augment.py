@@ -36,6 +36,7 @@ TRUNCATE = 4.0
 """Radius of a Gaussian in deviations, SciPy's default."""
 
 NONE, INPAINT, OUTPAINT = 0, 1, 2
+HOST = torch.device("cpu")
 
 AT_ONCE = 4
 """Views that a CPU makes at once; memory for more is fetched from the system every time."""
@@ -207,19 +208,19 @@ def uniform_noise(shape: Sequence[int], random: torch.Generator) -> Tensor:
 
 
 def noise_share(
-    corruption: Corruption, shape: torch.Size, device: torch.device | str = "cpu"
+    corruption: Corruption, shape: torch.Size, device: torch.device = HOST
 ) -> Tensor:
     """1 where the painting puts noise, else 0; float32 (B, I, J, K)."""
-    kind = corruption.painting.to(device)[:, None, None, None]
+    kind = to_device(corruption.painting, device)[:, None, None, None]
     inside = inside_boxes(corruption, shape, device)
     return inside.mul_(kind != NONE).sub_((kind == OUTPAINT).float()).abs_()
 
 
 def inside_boxes(
-    corruption: Corruption, shape: torch.Size, device: torch.device | str = "cpu"
+    corruption: Corruption, shape: torch.Size, device: torch.device = HOST
 ) -> Tensor:
     """1 in voxels that lie in at least one box, else 0; float32 (B, I, J, K)."""
-    start, size = corruption.box_start.to(device), corruption.box_size.to(device)
+    start, size = (to_device(x, device) for x in (corruption.box_start, corruption.box_size))
     i, j, k = intervals(start, size, shape)  # (B, N, n) each
     in_plane = i[:, :, :, None] * j[:, :, None, :]  # (B, N, I, J)
     boxes = k.mT @ in_plane.flatten(2)  # (B, K, I * J), boxes that hold a voxel

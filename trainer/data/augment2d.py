@@ -23,6 +23,7 @@ from torch import Tensor
 from models.recipe import ImageCrops, ImageViews, Normalisation
 from trainer.data import augment
 from trainer.data.images2d import ResidentImages, as_channels
+from trainer.data.to_device import to_device
 
 _TRIES = 10
 """Crops drawn at once; the first that fits is taken, else the whole image (torchvision)."""
@@ -167,14 +168,14 @@ def make_clean(
     """
     whole = images.take(index)  # (B, C, S, S)
     side, device = whole.shape[-1], whole.device
-    start, extent = geometry.start.to(device), geometry.extent.to(device)
+    start, extent = to_device(geometry.start, device), to_device(geometry.extent, device)
     along_rows, along_columns = (
         crop_matrix(start[:, axis], extent[:, axis], side, views.input_size) for axis in (0, 1)
     )
-    flip = geometry.flip.to(device)[:, None, None]
+    flip = to_device(geometry.flip, device)[:, None, None]
     along_columns = torch.where(flip, along_columns.flip(1), along_columns)
     upright = _along_both(whole, along_rows, along_columns)
-    turned = augment.rotate_in_plane(upright.movedim(1, -1), geometry.angle.to(device))
+    turned = augment.rotate_in_plane(upright.movedim(1, -1), to_device(geometry.angle, device))
     return turned.movedim(-1, 1)
 
 
@@ -225,11 +226,12 @@ def corrupt(
     device = clean.device
     torch.rand((skip, *clean.shape[1:]), generator=random, device=device)
     noise = torch.rand(clean.shape, generator=random, device=device)
-    outpainted = corruption.outpainted.to(device)[:, None, None, None]
+    outpainted = to_device(corruption.outpainted, device)[:, None, None, None]
     kept = _inside(corruption.window_start, corruption.window_size, clean)
     x = torch.where(outpainted & ~kept, noise, clean)
-    x = torch.where(corruption.is_grey.to(device)[:, None, None, None], luminance(x), x)
-    blur = augment.blur_matrix(clean.shape[-1], corruption.blur_sigma.to(device))
+    is_grey = to_device(corruption.is_grey, device)[:, None, None, None]
+    x = torch.where(is_grey, luminance(x), x)
+    blur = augment.blur_matrix(clean.shape[-1], to_device(corruption.blur_sigma, device))
     x = change_colours(_along_both(x, blur, blur), corruption)
     holes = _inside(corruption.hole_start, corruption.hole_size, clean)
     return as_channels(x, normalisation) * ~holes
@@ -245,7 +247,7 @@ def change_colours(x: Tensor, corruption: Corruption2d) -> Tensor:
     ]
     for place in corruption.order.tolist():
         change, by = changes[place]
-        x = change(x, by.to(x.device)[:, None, None, None]).clamp(0.0, 1.0)
+        x = change(x, to_device(by, x.device)[:, None, None, None]).clamp(0.0, 1.0)
     return x
 
 
@@ -255,7 +257,8 @@ def luminance(x: Tensor) -> Tensor:
         return x
     from imaging.dicom2d import LUMINANCE  # here, as its module wants pydicom (`images2d`)
 
-    return (x * x.new_tensor(LUMINANCE)[:, None, None]).sum(dim=1, keepdim=True)
+    weights = to_device(torch.tensor(LUMINANCE), x.device)
+    return (x * weights[:, None, None]).sum(dim=1, keepdim=True)
 
 
 def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
@@ -299,7 +302,7 @@ def _saturate(x: Tensor, factor: Tensor) -> Tensor:
 
 def _inside(start: Tensor, size: Tensor, like: Tensor) -> Tensor:
     """Pixels in at least one box, bool (B, 1, n, n)."""
-    start, size = start.to(like.device), size.to(like.device)
+    start, size = to_device(start, like.device), to_device(size, like.device)
     rows, columns = augment.intervals(start, size, like.shape[2:])
     return (torch.einsum("bnr,bnc->brc", rows, columns) > 0)[:, None]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from imaging.errors import ScanError
 from models.recipe import Normalisation, Preprocessing2d
 from trainer.data.scan_set import ScanFile, digest_of
+from trainer.data.to_device import to_device
 from trainer.errors import DataError
 from trainer.randomness import generator
 from trainer.report import Report
@@ -117,7 +118,7 @@ class ResidentImages:
 
     def take(self, index: Tensor) -> Tensor:
         """Images (B, C, S, S) in [0, 1], float32, by their places (B,)."""
-        chosen = self.pixels[index.to(self.pixels.device)].float()
+        chosen = self.pixels[to_device(index, self.pixels.device)].float()
         return chosen / 255.0 if self.pixels.dtype == torch.uint8 else chosen
 
 
@@ -131,8 +132,8 @@ def as_channels(x: Tensor, normalisation: Normalisation | None) -> Tensor:
     x = x.expand(-1, 3, -1, -1)
     if normalisation is None:
         return x
-    mean = x.new_tensor(normalisation.mean)[:, None, None]
-    std = x.new_tensor(normalisation.std)[:, None, None]
+    moments = torch.tensor([normalisation.mean, normalisation.std], dtype=x.dtype)
+    mean, std = to_device(moments[:, :, None, None], x.device).unbind()
     return (x - mean) / std
 
 
