@@ -34,26 +34,25 @@ def main() -> None:
     torch.set_num_threads(1)
     device = common.training_device()
     result: dict[str, object] = {"benchmark": "input", "pairs_per_round": asked.pairs}
-    for name, crops in recipes().items():
+    for name, crops in recipes(is_tiny=asked.smoke).items():
         result |= compare(name, crops, asked.pairs, asked.rounds)
-    result |= measure_share(device, asked.width, asked.batch, asked.steps)
+    result |= measure_share(device, asked)
     result |= {"goals": GOALS, "environment": common.environment(device)}
     common.show_table("Making views (one core), and their share of a step", result.items())
     if asked.json:
         common.show_json(result)
 
 
-def recipes() -> dict[str, CropPairs]:
+def recipes(*, is_tiny: bool = False) -> dict[str, CropPairs]:
     """The two that are compared; `official` differs in the transforms alone.
 
     Its border, tissue rule and unequal sizes say where crops are cut, not what a crop costs.
     """
     official = PretrainRecipe.model_validate({"method": {"preset": "official"}}).crops
     transforms = ("flip_axes", "rotation", "max_scaling", "shuffle_probability")
-    return {
-        "paper": CropPairs(),
-        "official": CropPairs(**{name: getattr(official, name) for name in transforms}),
-    }
+    paper = common.TINY_CROPS if is_tiny else CropPairs()
+    changes = {name: getattr(official, name) for name in transforms}
+    return {"paper": paper, "official": paper.model_copy(update=changes)}
 
 
 def compare(name: str, crops: CropPairs, num_pairs: int, rounds: int) -> dict[str, object]:
@@ -83,9 +82,13 @@ def compare(name: str, crops: CropPairs, num_pairs: int, rounds: int) -> dict[st
     }
 
 
-def measure_share(device: torch.device, width: int, batch: int, steps: int) -> dict[str, object]:
+def measure_share(device: torch.device, asked: argparse.Namespace) -> dict[str, object]:
     """Time of a step's views over the time of the whole step."""
-    recipe = PretrainRecipe.model_validate({"network": {"base_width": width}, "batch_size": batch})
+    width, batch, steps = asked.width, asked.batch, asked.steps
+    crops = {"crops": common.TINY_CROPS} if asked.smoke else {}
+    recipe = PretrainRecipe.model_validate(
+        {"network": {"base_width": width}, "batch_size": batch, **crops}
+    )
     volumes, sampler = common.make_resident(common.smooth_scans(), recipe.crops, device)
     training = common.Training.of(recipe, device, is_compiled=False)
     numbers = count(1)
@@ -116,6 +119,7 @@ def _arguments() -> argparse.Namespace:
     is_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--smoke", action="store_true", help="tiny: does it run at all")
     parser.add_argument("--pairs", type=int, default=32, help="in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--width", type=int, default=32 if is_cuda else 4, help="of the step")

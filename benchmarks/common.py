@@ -18,14 +18,15 @@ import torch
 from numpy.typing import NDArray
 
 from models.recipe import CropPairs, PretrainRecipe
+from trainer.build import lay_out
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PairSampler
 from trainer.methods.pcrl import Pcrl
 from trainer.methods.views import Views
 
 SCAN_SHAPE = (160, 160, 128)
-SMOKE_VARIABLE = "PCRL_GPU_SMOKE"
-"""Set to 1, `gpu.sh` runs at tiny sizes on whatever device there is."""
+TINY_CROPS = CropPairs(input_size=(16, 16, 16), crop_sizes=((16, 16, 16), (24, 24, 16)))
+"""To see whether a benchmark runs at all (`--smoke`)."""
 
 
 def training_device() -> torch.device:
@@ -87,12 +88,15 @@ class Training:
     def of(cls, recipe: PretrainRecipe, device: torch.device, *, is_compiled: bool) -> Training:
         """A fresh one."""
         torch.manual_seed(recipe.seed)
-        method = Pcrl(recipe).to(device).train()
+        method = Pcrl(recipe).train()
+        method.to(device)
+        lay_out(method)
         optimizer = torch.optim.SGD(
             method.trained(),
             lr=recipe.learning_rate,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
+            fused=True,
         )
         losses = torch.compile(method.losses) if is_compiled else method.losses
         return cls(method, optimizer, losses)
@@ -112,15 +116,27 @@ class Training:
 def seconds(
     work: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int
 ) -> list[float]:
-    """Wall seconds of each repeat, the device having finished."""
+    """Seconds of each repeat.
+
+    On a GPU by the clock, the device having finished. On a CPU processor time of this process,
+    which `use_one_thread` has given one thread: neighbours on a shared machine count little then.
+    """
+    is_cuda = device.type == "cuda"
+    clock = time.perf_counter if is_cuda else time.process_time
     taken = []
     for _ in range(warm_up + repeats):
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         work()
         _wait(device)
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return taken[warm_up:]
+
+
+def use_one_thread(device: torch.device) -> None:
+    """On a CPU; work for a GPU keeps its threads."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
 
 
 def show_table(title: str, rows: Iterable[tuple[str, object]]) -> None:

@@ -57,6 +57,8 @@ _SCANS = {
     "unsupported_transfer_syntax": Kind(422, "The DICOM transfer syntax is not supported"),
     "unsupported_format": Kind(422, "The file format is not supported"),
     "not_three_dimensional": Kind(422, "The scan is not a three-dimensional volume"),
+    "not_two_dimensional": Kind(422, "The file is not a single two-dimensional image"),
+    "constant_image": Kind(422, "Every pixel of the image has the same value"),
     "missing_slices": Kind(422, "The series lacks slices"),
     "duplicate_slices": Kind(422, "The series has several slices at one position"),
     "uneven_spacing": Kind(422, "The slices are not evenly spaced"),

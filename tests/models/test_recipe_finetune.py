@@ -16,13 +16,15 @@ def test_the_documented_recipes_are_the_papers() -> None:
     text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)
 
-    liver, brats, nodule = (TypeAdapter(Recipe).validate_python(json.loads(b)) for b in blocks)
+    recipes = [TypeAdapter(Recipe).validate_python(json.loads(block)) for block in blocks]
+    liver, brats, nodule, chest = recipes
 
     assert (liver.patch_size, liver.batch_size, liver.learning_rate) == ((256, 256, 64), 4, 1e-4)
     assert (liver.split.train, liver.split.val, liver.split.test) == (0.7, 0.1, 0.2)
     assert len(brats.channels) == 4 and brats.targets == ("whole_tumour", "core", "enhancing")
     assert brats.values == {"value 1": 1, "value 2": 2, "value 4": 4}
     assert (nodule.input_size, nodule.batch_size, nodule.norm) == ((64, 64, 32), 32, "batch")
+    assert chest.network.kind == "resnet18_unet2d" and chest.norm == "batch"
 
 
 @pytest.mark.parametrize(

@@ -265,9 +265,9 @@ def scan_table(folder: Path, rows: list[str], heads: str, num_scans: int = 6) ->
 @pytest.mark.parametrize(
     ("change", "heads", "rows", "reason"),
     [
-        ({}, "id,other", ["s0,1", "s1,0"], "no training scan is one of nodule"),
-        ({}, "id,nodule", ["s0,1", "s1,1", "s2,1"], "no training scan is one of not nodule"),
-        ({}, "id,nodule", ["s0,1", "s1,0", "s2,0"], r"nodule has 1 member .*\(scan s0\)"),
+        ({}, "id,other", ["s0,1", "s1,0"], "no training example of nodule"),
+        ({}, "id,nodule", ["s0,1", "s1,1", "s2,1"], "no training example of not nodule"),
+        ({}, "id,nodule", ["s0,1", "s1,0", "s2,0"], r"nodule has 1 training example \(scan s0\)"),
         ({}, "id,subject", ["s0,p"], "no training scan has labels"),
         (
             {"labels": ("a", "b"), "exclusive": True}, "id,a,b", ["s0,1,0", "s1,1,1"],
@@ -326,7 +326,7 @@ def test_a_label_that_validation_lacks_is_left_out_and_told(
     assert set(metrics) == {"auc_common", "ap_common", "auc_mean", "ap_mean"}
     assert metrics["auc_mean"].value == metrics["auc_common"].value
     assert ("warning", "rare cannot be judged on val: one class only") in report.logs
-    assert ("warning", "common has a single member in val: scan v0") in report.logs
+    assert ("warning", "common has a single example in val: scan v0") in report.logs
 
 
 class Brightness(torch.nn.Module):

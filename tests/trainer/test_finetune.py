@@ -1,5 +1,6 @@
 """Fine-tuning learns, starts from its parent key by key, and refuses what it cannot use."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from imaging import nifti
 from models import bundle
 from models.networks.unet3d import UNet3d
-from models.recipe import FinetuneRecipe, PretrainRecipe
-from trainer import export, finetune, transfer
+from models.recipe import ClassifyRecipe, FinetuneRecipe, PretrainRecipe
+from trainer import checkpoint, export, finetune, transfer
 from trainer.data.cache import VolumeCache
+from trainer.data.scan_set import Example, ScanSet
 from trainer.data.scans import ScanFile, discover
-from trainer.errors import DataError
+from trainer.errors import DataError, Preempted
 from trainer.methods.pcrl import Pcrl
 
 CPU = torch.device("cpu")
@@ -154,6 +156,55 @@ def test_unusable_data_is_refused_with_the_scan_and_the_reason(
         cache.labelled(scan, finetune_recipe)
 
     assert caught.value.code == code and caught.value.status == 64
+
+
+class StopAt:
+    """Asks for a stop at the n-th step of this process."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+@pytest.mark.parametrize("kind", ["finetune", "classify"])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(
+    tmp_path: Path, scan_folder: Path, finetune_recipe, report, without_onnx, kind: str
+) -> None:
+    recipe: FinetuneRecipe | ClassifyRecipe = finetune_recipe
+    scans = discover(scan_folder)
+    if kind == "classify":
+        shared = {"network", "preprocessing", "num_steps", "learning_rate", "log_every"}
+        recipe = ClassifyRecipe.model_validate(
+            {
+                **finetune_recipe.model_dump(include=shared),
+                "labels": ["first"], "crop": "whole", "input_size": [16, 16, 16],
+                "batch_size": 4, "validate_every": 6, "checkpoint_every": 5,
+            }
+        )  # fmt: skip
+        known = tuple(Example({"first": value}) for value in (0, 1, 0, 1))
+        scans = ScanSet("d", tuple(replace(scan, examples=known) for scan in scans.scans))
+
+    def trained(out: Path, stop: StopAt) -> dict[str, torch.Tensor]:
+        finetune.run(recipe, scans, out, report, device=CPU, should_stop=stop)
+        state = checkpoint.load_newest(out / "checkpoints")
+        assert state is not None and state["step"] == recipe.num_steps
+        weights: dict[str, torch.Tensor] = state["network"]
+        return weights
+
+    whole = trained(tmp_path / "whole", StopAt(0))
+    with pytest.raises(Preempted, match="after step 7"):
+        trained(tmp_path / "halves", StopAt(7))
+    halves = trained(tmp_path / "halves", StopAt(0))
+    other = recipe.model_copy(update={"seed": 1})
+    finetune.run(other, scans, tmp_path / "o", report, device=CPU, should_stop=StopAt(0))
+    control = checkpoint.load_newest(tmp_path / "o" / "checkpoints")
+
+    assert control is not None
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    assert any(not torch.equal(whole[key], control["network"][key]) for key in whole)
 
 
 def test_a_volume_is_preprocessed_once(

@@ -9,7 +9,6 @@ from PIL import Image
 
 from models.preprocess2d import prepare_image
 from models.recipe import Preprocessing2d
-from trainer.data import images2d
 from trainer.data.images2d import ImageCache, ResidentImages, draw_batch
 from trainer.data.scans import ScanFile
 from trainer.errors import DataError
@@ -40,7 +39,7 @@ def test_a_square_is_kept_to_its_precision(tmp_path, stored, error) -> None:
 def test_an_image_is_decoded_once(tmp_path, monkeypatch) -> None:
     scan, cache = film(tmp_path), ImageCache(tmp_path / "cache")
     first = cache.image(scan, SPEC)
-    monkeypatch.setattr(images2d, "read_image", None)
+    monkeypatch.setattr("imaging.image2d.read_image", None)
 
     np.testing.assert_array_equal(cache.image(scan, SPEC), first)
     without = SPEC.model_copy(update={"normalisation": None})

@@ -1,5 +1,6 @@
 """Regions that may overlap, scans of several channels, and what is refused before training."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from trainer.task import Setting
 
 CPU = torch.device("cpu")
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
+BRATS = Path("/work/shared/data/mr_brats_deepmedic")
 MODALITIES = ("flair", "t1", "t1c", "t2")
 REGIONS = {"whole_tumour": (1, 2, 4), "core": (1, 4), "enhancing": (4,)}
 
@@ -233,6 +235,35 @@ def test_channels_on_another_grid_are_refused_by_name(
     assert len(case.channels) == 4 and case.labels.max() == 3
 
 
+@pytest.mark.skipif(not BRATS.is_dir(), reason="no shared BraTS patient here")
+def test_a_real_patient_has_nested_regions(tmp_path: Path, brats_recipe: FinetuneRecipe) -> None:
+    patient = "pat0006_{}.nii.gz"
+    images = [str(BRATS / patient.format(f"{name}_subtrMeanDivStd")) for name in ("Flair", "T1c")]
+    labels = str(BRATS / patient.format("OTMultiClass"))
+    listed = {"digest": "d", "scans": [{"id": "p", "image": images, "labels": labels}]}
+    (tmp_path / "scans.json").write_text(json.dumps(listed))
+    recipe = FinetuneRecipe.model_validate(
+        {
+            **brats_recipe.model_dump(),
+            "channels": ("flair", "t1c"),
+            "regions": {"whole_tumour": (1, 2, 3, 4), "core": (1, 3, 4), "enhancing": (4,)},
+            "preprocessing": {"spacing_mm": [3, 3, 3], "intensity": {"kind": "zscore"}},
+        }
+    )
+
+    case = VolumeCache(tmp_path / "cache").labelled(
+        discover(tmp_path / "scans.json").scans[0], recipe
+    )
+
+    whole, core, enhancing = region_members(recipe)[:, torch.from_numpy(case.labels.copy()).long()]
+    assert (core <= whole).all() and (enhancing <= core).all()
+    volumes = [int(mask.sum()) for mask in (whole, core, enhancing)]
+    assert volumes[0] > volumes[1] > volumes[2] > 0
+    flair, t1c = (channel.image.astype(np.float32) for channel in case.channels)
+    assert flair[whole.numpy()].mean() > flair.mean() + 0.5  # oedema is bright in FLAIR
+    assert t1c[enhancing.numpy()].mean() > t1c[whole.numpy()].mean()
+
+
 def test_a_scan_with_too_few_images_is_refused(
     tmp_path: Path, scan_folder: Path, brats_recipe: FinetuneRecipe
 ) -> None:
@@ -283,7 +314,7 @@ def test_whole_volumes_are_judged_where_they_lie_though_padded(
     [
         ("short", r"scan x.*\(16, 16, 7\).*less than half of \(16, 16, 16\)"),
         ("flat", "scan x: not_three_dimensional"),
-        ("no lesion", "no training scan is one of lesion"),
+        ("no lesion", "no training example of lesion"),
         ("unlabelled", "no training scan has labels"),
         ("nothing", ""),
     ],
@@ -302,7 +333,9 @@ def test_what_cannot_be_trained_on_is_refused_before_the_first_step(
 
     if change == "nothing":
         train(recipe, tmp_path, tmp_path / "out", report)
-        assert any("single member in training: scan x" in text for _, text in report.logs)
+        assert any(
+            "lesion has a single training example: scan x" in text for _, text in report.logs
+        )
         return
     with pytest.raises(DataError, match=reason) as caught:
         train(recipe, tmp_path, tmp_path / "out", report)

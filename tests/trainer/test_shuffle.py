@@ -1,13 +1,39 @@
 """Pixel shuffling against the loop that it equals, and against what it must do on average."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from trainer.data.shuffle import NUM_ORDERS, Windows, draw_windows, shuffle_pixels, shuffle_some
+from trainer.data.shuffle import (
+    NUM_ORDERS,
+    Windows,
+    draw_orders,
+    draw_windows,
+    extents,
+    shuffle_pixels,
+    shuffle_some,
+)
 from trainer.randomness import generator
 
 SHAPE = (30, 20, 24)
+
+
+def windows_of(
+    num_views: int, num_windows: int = 10_000, shape: tuple[int, int, int] = SHAPE
+) -> Windows:
+    on_host, on_device = generator(0, 1, "extents"), generator(0, 1, "windows")
+    return draw_windows(shape, num_views, on_host, on_device, num_windows=num_windows)
+
+
+def orders_of(shape: tuple[int, int, int] = SHAPE) -> tuple[torch.Tensor, ...]:
+    return draw_orders(shape, generator(0, 1, "orders"))
+
+
+def extent_of_each(windows: Windows) -> torch.Tensor:
+    """Which extent each window has."""
+    return torch.arange(len(windows.counts)).repeat_interleave(torch.tensor(windows.counts))
 
 
 def numbered(num_views: int = 2) -> torch.Tensor:
@@ -16,19 +42,18 @@ def numbered(num_views: int = 2) -> torch.Tensor:
     return torch.arange(voxels, dtype=torch.float32).reshape(num_views, 1, *SHAPE)
 
 
-def slow_loop(views: torch.Tensor, windows: Windows) -> torch.Tensor:
+def slow_loop(
+    views: torch.Tensor, windows: Windows, orders: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
     shuffled = views.clone()
-    for s in range(len(views)):
-        for w in range(windows.extent.shape[1]):
-            which = int(windows.extent[s, w])
-            first = windows.start[s, w]
-            i, j, k = (
-                slice(int(a), int(a + n))
-                for a, n in zip(first, windows.extents[which], strict=True)
-            )
-            box = views[s, 0, i, j, k]
-            order = windows.orders[which][windows.order[s, w]]
-            shuffled[s, 0, i, j, k] = box.flatten()[order].reshape(box.shape)
+    which = extent_of_each(windows)
+    for w in windows.rank.argsort().tolist():
+        s = int(windows.view[w])
+        extent = extents(SHAPE)[int(which[w])]
+        i, j, k = (slice(int(a), int(a) + n) for a, n in zip(windows.start[w], extent, strict=True))
+        order = orders[int(which[w])][windows.order[w]]
+        box = views[s, 0, i, j, k]
+        shuffled[s, 0, i, j, k] = box.flatten()[order].reshape(box.shape)
     return shuffled
 
 
@@ -40,83 +65,106 @@ def in_slices(views: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("num_windows", [1, 1000])
 def test_shuffling_equals_the_loop_over_windows(num_windows: int) -> None:
     views = numbered()
-    windows = draw_windows(SHAPE, 2, generator(0, 1, "windows"), num_windows=num_windows)
+    windows, orders = windows_of(2, num_windows), orders_of()
 
-    shuffled = shuffle_pixels(views, windows)
+    shuffled = shuffle_pixels(views, windows, orders)
 
-    expected = slow_loop(views, windows)
+    expected = slow_loop(views, windows, orders)
     assert torch.equal(shuffled, expected)
-    assert torch.equal(shuffle_pixels(in_slices(views), windows), expected)
+    assert torch.equal(shuffle_pixels(in_slices(views), windows, orders), expected)
     if num_windows > 1:
-        assert not torch.equal(shuffled, slow_loop(views, _backwards(windows)))  # order matters
+        backwards = dataclasses.replace(windows, rank=num_windows - 1 - windows.rank)
+        assert not torch.equal(shuffled, slow_loop(views, backwards, orders))  # turns matter
         assert 0.1 < float((shuffled != views).float().mean()) < 1
 
 
-def _backwards(windows: Windows) -> Windows:
-    turned = (x.flip(1) for x in (windows.extent, windows.start, windows.order))
-    extent, start, order = turned
-    return Windows(windows.extents, extent, start, order, windows.orders)
-
-
 def test_no_windows_change_nothing_and_one_window_keeps_its_values() -> None:
-    views = numbered(1)
-    none = draw_windows(SHAPE, 1, generator(0, 1, "windows"), num_windows=0)
-    one = draw_windows(SHAPE, 1, generator(0, 2, "windows"), num_windows=1)
+    views, orders = numbered(1), orders_of()
 
-    assert torch.equal(shuffle_pixels(views, none), views)
-    assert torch.equal(shuffle_pixels(views, one).flatten().sort().values, views.flatten())
+    assert torch.equal(shuffle_pixels(views, windows_of(1, 0), orders), views)
+    one = shuffle_pixels(views, windows_of(1, 1), orders)
+    assert torch.equal(one.flatten().sort().values, views.flatten())
+
+
+def test_only_the_chosen_views_are_shuffled_and_the_originals_stay() -> None:
+    views = [numbered(12), numbered(12)]
+    chosen = torch.zeros(2, 12, dtype=torch.bool)
+    chosen[0, 1:] = True  # more than a CPU shuffles at once
+
+    def shuffled() -> list[torch.Tensor]:
+        return shuffle_some(views, chosen, generator(0, 1, "extents"), generator(0, 1, "windows"))
+
+    first, again = shuffled(), shuffled()
+
+    is_changed = torch.stack(
+        [(a != b).flatten(1).any(dim=1) for a, b in zip(first, views, strict=True)]
+    )
+    assert torch.equal(is_changed, chosen)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(view, numbered(12)) for view in views)
+    moves = [first[0][at] - views[0][at] for at in (1, 2)]
+    assert not torch.equal(*moves)  # every view has windows of its own
 
 
 def test_windows_have_the_extents_and_places_of_the_official_code() -> None:
     shape = (64, 64, 32)
-    windows = draw_windows(shape, 1, generator(0, 1, "windows"))
+    windows = windows_of(2, 10_000, shape)
 
-    extent = windows.extents[windows.extent[0]]
+    extent = torch.tensor(extents(shape))[extent_of_each(windows)]
     room = torch.tensor(shape) - extent
-    assert extent.shape == (10_000, 3)
+    assert extent.shape == (20_000, 3)
     assert extent.min(dim=0).values.tolist() == [1, 1, 1]
     assert extent.max(dim=0).values.tolist() == [6, 6, 3]
-    np.testing.assert_allclose(extent.float().mean(dim=0), [3.5, 3.5, 2], atol=0.06)
-    assert (windows.start[0] >= 0).all() and (windows.start[0] <= room).all()
-    assert (windows.start[0] == room).any(dim=0).all()
-    middle = (windows.start[0] / room).mean(dim=0)
-    np.testing.assert_allclose(middle, [0.5] * 3, atol=0.02)
+    for view in (0, 1):
+        own = windows.view == view
+        assert windows.rank[own].sort().values.tolist() == list(range(10_000))
+        np.testing.assert_allclose(extent[own].float().mean(dim=0), [3.5, 3.5, 2], atol=0.08)
+        ranked = np.corrcoef(windows.rank[own], extent[own].prod(dim=1))[0, 1]
+        assert abs(ranked) < 0.04  # big windows come early and late
+    assert (windows.start >= 0).all() and (windows.start <= room).all()
+    assert (windows.start == room).any(dim=0).all()
+    np.testing.assert_allclose((windows.start / room).mean(dim=0), [0.5] * 3, atol=0.02)
 
 
-def test_values_travel_as_far_as_in_the_loop_that_draws_a_permutation_for_each_window() -> None:
-    shape, num_windows = (40, 40, 30), 4000
-    random = np.random.default_rng(0)
-    place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
-
-    def distances(read_from: np.ndarray) -> np.ndarray:
-        i, j, k = np.unravel_index(read_from.astype(np.int64), shape)
-        return np.abs(np.stack([i, j, k], axis=-1) - place).reshape(-1, 3)
-
-    numbers = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
-    loop = numbers.copy()
+def public_loop(view: np.ndarray, num_windows: int, random: np.random.Generator) -> np.ndarray:
+    """A permutation of its own for each window, drawn in turn."""
+    shuffled = view.copy()
     for _ in range(num_windows):
-        a, b, c = (random.integers(1, n // 10 + 1) for n in shape)
-        i, j, k = (
-            random.integers(0, n - side + 1) for n, side in zip(shape, (a, b, c), strict=True)
-        )
-        box = numbers[i : i + a, j : j + b, k : k + c]
-        loop[i : i + a, j : j + b, k : k + c] = random.permutation(box.ravel()).reshape(a, b, c)
-    windows = draw_windows(shape, 1, generator(0, 1, "windows"), num_windows=num_windows)
-    ours = shuffle_pixels(torch.from_numpy(numbers)[None, None], windows)[0, 0].numpy()
+        extent = [random.integers(1, n // 10 + 1) for n in view.shape]
+        first = [random.integers(0, n - e + 1) for n, e in zip(view.shape, extent, strict=True)]
+        at = tuple(slice(f, f + e) for f, e in zip(first, extent, strict=True))
+        shuffled[at] = random.permutation(view[at].ravel()).reshape(extent)
+    return shuffled
+
+
+def test_values_travel_as_far_as_in_a_loop_with_a_permutation_for_each_window() -> None:
+    shape, num_windows = (30, 30, 20), 1500
+    random = np.random.default_rng(0)
+    numbers = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
+    place = np.stack(np.unravel_index(np.arange(numbers.size), shape), axis=-1)
+
+    def distances(shuffled: np.ndarray) -> np.ndarray:
+        read_from = np.unravel_index(shuffled.astype(np.int64).reshape(len(shuffled), -1), shape)
+        return np.abs(np.stack(read_from, axis=-1) - place)  # (S, voxels, 3)
+
+    loop = np.stack([public_loop(numbers, num_windows, random) for _ in range(20)])
+    views = torch.from_numpy(numbers).expand(60, 1, *shape)
+    windows = windows_of(60, num_windows, shape)
+    ours = shuffle_pixels(views, windows, orders_of(shape))[:, 0].numpy()
 
     expected, actual = distances(loop), distances(ours)
-    np.testing.assert_allclose(actual.mean(axis=0), expected.mean(axis=0), rtol=0.05)
-    np.testing.assert_allclose(
-        (actual == 0).all(axis=1).mean(), (expected == 0).all(axis=1).mean(), atol=0.02
-    )
-    assert actual.max(axis=0).tolist() == expected.max(axis=0).tolist() == [3, 3, 2]
-    lost = [len(np.unique(x)) / x.size for x in (loop, ours)]  # overwritten values are gone
-    assert lost[0] < 0.9 and abs(lost[0] - lost[1]) < 0.02
+    np.testing.assert_allclose(actual.mean(axis=(0, 1)), expected.mean(axis=(0, 1)), rtol=0.03)
+    stayed = [(x == 0).all(axis=2).mean() for x in (expected, actual)]
+    np.testing.assert_allclose(stayed[1], stayed[0], atol=0.01)
+    assert actual.max(axis=(0, 1)).tolist() == expected.max(axis=(0, 1)).tolist() == [2, 2, 1]
+    kept = [np.mean([len(np.unique(x)) / x.size for x in many]) for many in (loop, ours)]
+    assert kept[0] < 0.97 and abs(kept[0] - kept[1]) < 0.01  # what is overwritten is lost
+    half = shuffle_pixels(views, windows_of(60, num_windows // 2, shape), orders_of(shape))
+    assert (distances(half[:, 0].numpy()) == 0).all(axis=2).mean() > stayed[0] + 0.1
 
 
 def test_every_voxel_of_a_window_is_read_equally_often() -> None:
-    windows = draw_windows((64, 64, 32), 1, generator(0, 1, "windows"), num_windows=1)
-    orders = [order for order in windows.orders if order.shape[1] == 8]
+    orders = [order for order in orders_of((64, 64, 32)) if order.shape[1] == 8]
 
     first = torch.cat(orders)[:, 0]
 
@@ -124,15 +172,3 @@ def test_every_voxel_of_a_window_is_read_equally_often() -> None:
     assert len(first) == NUM_ORDERS * len(orders) and int(counts.sum()) == len(first)
     expected = len(first) / 8
     assert float(((counts - expected) ** 2 / expected).sum()) < 24.3  # chi square, p = 0.001
-
-
-def test_only_the_chosen_views_are_shuffled_also_when_none_is() -> None:
-    views = [in_slices(numbered(3)), in_slices(numbered(3))]
-    chosen = torch.tensor([[False, True, False], [False, False, False]])
-
-    one, none = shuffle_some(views, chosen, generator(0, 1, "windows"))
-
-    assert torch.equal(none, views[1])
-    assert torch.equal(one[[0, 2]], views[0][[0, 2]])
-    assert not torch.equal(one[1], views[0][1])
-    assert torch.isin(one[1], views[0][1]).all()

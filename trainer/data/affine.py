@@ -34,8 +34,8 @@ def rotate_and_scale(x: Tensor, angles: Tensor, scales: Tensor) -> Tensor:
         _turn(angles[:, axis], plane) for axis, plane in enumerate(((1, 2), (2, 0), (0, 1)))
     )
     back = (about_k @ about_j @ about_i).mT / scales[:, :, None]  # from output to input offsets
-    by_slice = [2, 0, 1]
-    moved = _interpolate(slices - floor, back[:, by_slice][:, :, by_slice])
+    by_slice = back.roll((1, 1), dims=(1, 2))  # K, I, J; a list of places would wait for the GPU
+    moved = _interpolate(slices - floor, by_slice)
     return moved.add_(floor).permute(0, 2, 3, 1)
 
 

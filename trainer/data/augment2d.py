@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaging.dicom2d import LUMINANCE
 from models.recipe import ImageCrops, ImageViews, Normalisation
 from trainer.data import augment
 from trainer.data.images2d import ResidentImages, as_channels
@@ -256,6 +255,8 @@ def luminance(x: Tensor) -> Tensor:
     """(B, 1, n, n) of colours; a grey image is its own."""
     if x.shape[1] == 1:
         return x
+    from imaging.dicom2d import LUMINANCE  # here, as its module wants pydicom (`images2d`)
+
     weights = to_device(torch.tensor(LUMINANCE), x.device)
     return (x * weights[:, None, None]).sum(dim=1, keepdim=True)
 

@@ -87,15 +87,15 @@ def check_members(
     """
     train = members["train"]
     if not train:
-        raise DataError("unusable_labels", f"no training scan is one of {name}")
+        raise DataError("unusable_labels", f"no training example of {name}")
     if len(train) < at_least:
         raise DataError(
             "unusable_labels",
-            f"{name} has {len(train)} member in training (scan {train[0]}); "
+            f"{name} has {len(train)} training example (scan {train[0]}); "
             f"at least {at_least} are needed",
         )
     if len(train) == 1:
-        report.log("warning", f"{name} has a single member in training: scan {train[0]}")
+        report.log("warning", f"{name} has a single training example: scan {train[0]}")
     for split in SPLITS[1:]:
         if len(members[split]) == 1:
-            report.log("warning", f"{name} has a single member in {split}: scan {members[split][0]}")
+            report.log("warning", f"{name} has a single example in {split}: scan {members[split][0]}")

@@ -20,10 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imaging.errors import ScanError
-from imaging.image2d import read_image
-from models.preprocess2d import prepare_image
 from models.recipe import Normalisation, Preprocessing2d
-from trainer.data.cache import publish_array
 from trainer.data.scan_set import ScanFile, digest_of
 from trainer.data.to_device import to_device
 from trainer.errors import DataError
@@ -61,12 +58,19 @@ class ImageCache:
         parts = "/".join([_VERSION, self._stored, digest_of(scan.image), shape])
         path = self._folder / f"{hashlib.sha256(parts.encode()).hexdigest()}.npy"
         if not path.is_file():
+            from trainer.data.cache import publish_array  # reads files, as in `_make`
+
             publish_array(path, self._make(scan, spec))
         # Read whole: a memory map would hold a file open for each of 100,000 images.
         square: Square = np.load(path)
         return square
 
     def _make(self, scan: ScanFile, spec: Preprocessing2d) -> Square:
+        # Here, so that training on what is in memory wants no reader of files: `benchmarks/gpu.sh`
+        # runs where there is none.
+        from imaging.image2d import read_image
+        from models.preprocess2d import prepare_image
+
         if len(scan.images) != 1 or scan.image.is_dir():
             raise DataError("unusable_scan", f"scan {scan.id} is not one file with one 2D image")
         try:

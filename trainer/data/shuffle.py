@@ -12,16 +12,19 @@ and batch, so two windows of one extent share theirs with probability 1 / NUM_OR
 code draws one for each. (A permutation for each, by sorting 245,000 random numbers a view, took
 longer than all the rest.)
 
-S views, N windows, E extents, P orders, n voxels of a window, I J K voxels of a view.
+S views, N windows of each, E extents, P orders, n voxels of a window, I J K voxels of a view.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from trainer.data.to_device import to_device
 
 Shape = tuple[int, int, int]
 
@@ -34,96 +37,112 @@ AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """What is drawn for S views.
+    """What is drawn for S views: all their windows, grouped by extent.
+
+    How many there are of each extent is known on the host, so that nothing waits for the device.
 
     Attributes:
-        extents: Extents that a window may have, int64 (E, 3).
-        extent: Which of them each window has, int64 (S, N).
-        start: First voxel of each window, int64 (S, N, 3).
-        order: Which order of its extent each window takes, int64 (S, N).
-        orders: For each extent, P permutations of its voxels, K counted fastest; int64 (P, n).
+        counts: Windows of each of `extents(shape)`, together S * N.
+        view: Whose window each is, int64 (S * N,).
+        rank: Its turn in that view, 0 to N - 1, int64 (S * N,).
+        start: Its first voxel, int64 (S * N, 3).
+        order: Which order of its extent it takes, int64 (S * N,).
     """
 
-    extents: Tensor
-    extent: Tensor
+    counts: list[int]
+    view: Tensor
+    rank: Tensor
     start: Tensor
     order: Tensor
-    orders: tuple[Tensor, ...]
-
-    def part(self, at: slice) -> Windows:
-        """The same for some of the views."""
-        return Windows(
-            self.extents, self.extent[at], self.start[at], self.order[at], self.orders
-        )
 
 
-def shuffle_some(views: Sequence[Tensor], chosen: Tensor, random: torch.Generator) -> list[Tensor]:
+def shuffle_some(
+    views: Sequence[Tensor],
+    chosen: Tensor,
+    on_host: torch.Generator,
+    on_device: torch.Generator,
+) -> list[Tensor]:
     """Shuffle the chosen ones of V batches of views, each (B, 1, I, J, K); `views` stay.
 
     Args:
         views: On one device.
         chosen: Which to shuffle, bool (V, B) on the host.
-        random: Of the windows, on the views' device.
+        on_host: Of the windows' extents.
+        on_device: Of everything else, on the views' device.
     """
-    windows = draw_windows(views[0].shape[2:], int(chosen.sum()), random)
-    done, shuffled = 0, []
+    _, _, i, j, k = views[0].shape
+    shape, device = (i, j, k), views[0].device
+    orders = draw_orders(shape, on_device)
+    shuffled = []
     for batch, is_chosen in zip(views, chosen, strict=True):
-        at = is_chosen.nonzero()[:, 0]
-        part = windows.part(slice(done, done + len(at)))
-        flat, shape = _flattened(batch)
+        flat = _flattened(batch)
         copy = flat.clone()
-        _shuffle(flat, copy, at.to(flat.device), part, shape)
+        every = is_chosen.nonzero()[:, 0]
+        at_once = AT_ONCE if device.type == "cpu" else len(every)
+        for at in torch.split(every, at_once) if len(every) else ():
+            windows = draw_windows(shape, len(at), on_host, on_device)
+            read_from = _read_from(windows, orders, shape, num_views=len(at))
+            there = to_device(at, device)
+            copy.index_copy_(0, there, flat.index_select(0, there).gather(1, read_from))
         shuffled.append(_as_views(copy, shape))
-        done += len(at)
     return shuffled
 
 
-def draw_windows(
-    shape: Sequence[int],
-    num_views: int,
-    random: torch.Generator,
-    *,
-    num_windows: int = NUM_WINDOWS,
-) -> Windows:
-    """Windows of any extent up to a tenth of each axis, anywhere inside (row 32).
+@functools.cache
+def extents(shape: Shape) -> tuple[Shape, ...]:
+    """Extents that a window may have: 1 to a tenth of each axis (row 32)."""
+    i, j, k = (range(1, max(1, n // 10) + 1) for n in shape)
+    return tuple((a, b, c) for a in i for b in j for c in k)
 
-    Args:
-        shape: I, J, K of the views.
-        num_views: S.
-        random: On the views' device.
-        num_windows: N.
-    """
-    device = random.device
-    sides = (torch.arange(1, max(1, n // 10) + 1, device=device) for n in shape)
-    extents = torch.cartesian_prod(*sides)
-    drawn = (num_views, num_windows)
-    extent = torch.randint(len(extents), drawn, generator=random, device=device)
-    room = torch.tensor(list(shape), device=device) - extents + 1  # (E, 3), places along each axis
-    u = torch.rand(*drawn, 3, generator=random, device=device)
-    return Windows(
-        extents=extents,
-        extent=extent,
-        start=(u * room[extent]).long(),
-        order=torch.randint(NUM_ORDERS, drawn, generator=random, device=device),
-        orders=tuple(
-            torch.rand(NUM_ORDERS, n, generator=random, device=device).argsort(dim=1)
-            for n in extents.prod(dim=1).tolist()
-        ),
+
+def draw_orders(shape: Shape, random: torch.Generator) -> tuple[Tensor, ...]:
+    """For each extent P permutations of its voxels, K counted fastest, int64 (P, n)."""
+    return tuple(
+        torch.rand(NUM_ORDERS, a * b * c, generator=random, device=random.device).argsort(dim=1)
+        for a, b, c in extents(shape)
     )
 
 
-def shuffle_pixels(views: Tensor, windows: Windows) -> Tensor:
+def draw_windows(
+    shape: Shape,
+    num_views: int,
+    on_host: torch.Generator,
+    on_device: torch.Generator,
+    *,
+    num_windows: int = NUM_WINDOWS,
+) -> Windows:
+    """Windows of any extent, anywhere inside their view; every view has as many.
+
+    The windows of all views together are dealt to the extents first, then to views and turns, which
+    has the distribution of drawing an extent for each.
+    """
+    every, device, total = extents(shape), on_device.device, num_views * num_windows
+    counts = torch.randint(len(every), (total,), generator=on_host).bincount(minlength=len(every))
+    places = torch.tensor(shape) - torch.tensor(every) + 1  # (E, 3), along each axis
+    per_window = torch.repeat_interleave(
+        to_device(places, device), to_device(counts, device), dim=0, output_size=total
+    )
+    dealt = torch.randperm(total, generator=on_device, device=device)
+    u = torch.rand(total, 3, generator=on_device, device=device)
+    return Windows(
+        counts=counts.tolist(),
+        view=dealt // max(num_windows, 1),
+        rank=dealt % max(num_windows, 1),
+        start=(u * per_window).long(),
+        order=torch.randint(NUM_ORDERS, (total,), generator=on_device, device=device),
+    )
+
+
+def shuffle_pixels(views: Tensor, windows: Windows, orders: Sequence[Tensor]) -> Tensor:
     """Shuffle every view, (S, 1, I, J, K)."""
-    flat, shape = _flattened(views)
-    shuffled = torch.empty_like(flat)
-    _shuffle(flat, shuffled, torch.arange(len(flat), device=flat.device), windows, shape)
-    return _as_views(shuffled, shape)
-
-
-def _flattened(views: Tensor) -> tuple[Tensor, Shape]:
-    """Views as they lie in memory (`augment`), slice after slice, (S, K * I * J)."""
     _, _, i, j, k = views.shape
-    return views[:, 0].permute(0, 3, 1, 2).flatten(1), (i, j, k)
+    read_from = _read_from(windows, orders, (i, j, k), num_views=len(views))
+    return _as_views(_flattened(views).gather(1, read_from), (i, j, k))
+
+
+def _flattened(views: Tensor) -> Tensor:
+    """Views as they lie in memory (`augment`), slice after slice, (S, K * I * J)."""
+    return views[:, 0].permute(0, 3, 1, 2).flatten(1)
 
 
 def _as_views(flat: Tensor, shape: Shape) -> Tensor:
@@ -131,54 +150,40 @@ def _as_views(flat: Tensor, shape: Shape) -> Tensor:
     return flat.reshape(-1, k, i, j).permute(0, 2, 3, 1)[:, None]
 
 
-def _shuffle(flat: Tensor, out: Tensor, at: Tensor, windows: Windows, shape: Shape) -> None:
-    """Write shuffled views into the rows `at` of `out`, reading those of `flat`."""
-    _, num_voxels = flat.shape
-    at_once = AT_ONCE if flat.device.type == "cpu" else max(len(at), 1)
-    i, j, _ = shape
-    strides = torch.tensor([j, 1, i * j], device=flat.device)
-    everything, whole = flat.reshape(-1), out.view(-1, num_voxels)
-    for start in range(0, len(at), at_once):
-        part = slice(start, start + at_once)
-        read_from = _read_from(windows.part(part), strides, num_voxels)
-        read_from += at[part, None] * num_voxels
-        values = everything.index_select(0, read_from.flatten())
-        whole.index_copy_(0, at[part], values.view(-1, num_voxels))
-
-
-def _read_from(windows: Windows, strides: Tensor, num_voxels: int) -> Tensor:
-    """Voxel that each voxel takes its value from, int64 (S, I * J * K)."""
-    num_views, num_windows = windows.extent.shape
-    device = windows.extent.device
+def _read_from(
+    windows: Windows, orders: Sequence[Tensor], shape: Shape, *, num_views: int
+) -> Tensor:
+    """Voxel of the same view that each voxel takes its value from, int64 (S, K * I * J)."""
+    i, j, k = shape
+    num_voxels, device = i * j * k, windows.start.device
     low_bits = (num_voxels - 1).bit_length()
+    num_windows = len(windows.rank) // num_views
     # Half the bytes where they suffice: at 64x64x32 and 10,000 windows they just do.
-    small = (num_windows + 1) << low_bits <= 2**31
-    dtype = torch.int32 if small else torch.int64
+    dtype = torch.int32 if (num_windows + 1) << low_bits <= 2**31 else torch.int64
 
-    by_extent = windows.extent.flatten().to(torch.int32).argsort()
-    counts = windows.extent.flatten().bincount(minlength=len(windows.extents)).tolist()
-    corner = (windows.start * strides).sum(dim=2)  # (S, N)
-    rank = torch.arange(1, num_windows + 1, device=device) << low_bits
-    first_write = corner + (torch.arange(num_views, device=device) * num_voxels)[:, None]
-    per_window = ((corner + rank).to(dtype), first_write, windows.order)
-    grouped = zip(*(torch.split(x.flatten()[by_extent], counts) for x in per_window), strict=True)
+    at_i, at_j, at_k = windows.start.unbind(dim=1)
+    corner = (at_k * i + at_i) * j + at_j
+    ranked = (((windows.rank + 1) << low_bits) + corner).to(dtype)
+    written = windows.view * num_voxels + corner
+    per_window = (torch.split(x, windows.counts) for x in (ranked, written, windows.order))
 
     winner = torch.arange(num_voxels, dtype=dtype, device=device).repeat(num_views)
-    for extent, order, (ranked, written, pick) in zip(
-        windows.extents, windows.orders, grouped, strict=True
+    for box, order, rank_and_corner, first, pick in zip(
+        _boxes(shape, device), orders, *per_window, strict=True
     ):
-        inside = _inside(extent, strides)  # (n,)
-        reads = inside[order].to(dtype).index_select(0, pick).add_(ranked[:, None])
-        writes = written[:, None] + inside
+        reads = box[order].to(dtype).index_select(0, pick).add_(rank_and_corner[:, None])
+        writes = first[:, None] + box
         winner.scatter_reduce_(0, writes.flatten(), reads.flatten(), "amax")
     return (winner & ((1 << low_bits) - 1)).long().reshape(num_views, num_voxels)
 
 
-def _inside(extent: Tensor, strides: Tensor) -> Tensor:
-    """Voxels of a window, counted from its first one, K fastest, (n,)."""
-    i, j, k = (
-        torch.arange(int(extent[axis]), device=strides.device) * strides[axis]
-        for axis in range(3)
-    )
-    inside: Tensor = i[:, None, None] + j[:, None] + k
-    return inside.flatten()
+@functools.cache
+def _boxes(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
+    """Voxels of a window of each extent, counted from its first one, K fastest, (n,)."""
+    i, j, _ = shape
+    boxes = []
+    for extent in extents(shape):
+        a, b, c = (torch.arange(n) for n in extent)
+        box = (c * i + a[:, None, None]) * j + b[:, None]
+        boxes.append(box.flatten().to(device))
+    return tuple(boxes)

@@ -122,8 +122,12 @@ def _pairs_of_crops(
     sharp = clean
     if crops.shuffle_probability > 0:
         chosen = torch.rand(2, batch, generator=generator(seed, step, "shuffling"))[:, rows]
-        windows = generator(seed, step, f"windows {skip}", device)
-        sharp = shuffle.shuffle_some(clean, chosen < crops.shuffle_probability, windows)
+        sharp = shuffle.shuffle_some(
+            clean,
+            chosen < crops.shuffle_probability,
+            on_host=generator(seed, step, f"extents {skip}"),
+            on_device=generator(seed, step, f"windows {skip}", device),
+        )
     painting = generator(seed, step, "painting")
     kind = augment.draw_painting(crops, batch, painting)
     corruptions = [take(augment.draw_corruption(crops, kind, painting), rows) for _ in range(2)]
