@@ -9,11 +9,12 @@ What waits goes over the host (gloo): whether to stop, when to go on. A GPU's te
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -140,9 +141,12 @@ def joined(
         return losses
     joined_norm.join(normalised)
     # Buffers stay equal by themselves: joined statistics, the gathered queue.
-    return DistributedDataParallel(
-        _Step(trained, losses), forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
+    # torch 2.13 renamed `broadcast_buffers`, and warns of the old name.
+    is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    unsynced: dict[str, Any] = {
+        "forward_sync_buffers" if is_renamed else "broadcast_buffers": False
+    }
+    return DistributedDataParallel(_Step(trained, losses), gradient_as_bucket_view=True, **unsynced)
 
 
 class _Step(nn.Module):

@@ -26,6 +26,7 @@ def trainer(*arguments: object) -> tuple[int, list[dict[str, Any]], str]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
+@pytest.mark.timeout(300)  # two trainings and two exports: 60 s on loaded cores
 def test_the_whole_way_from_a_shell(
     tmp_path: Path,
     scan_folder: Path,
