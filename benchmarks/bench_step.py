@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -145,8 +146,8 @@ def _failed(reason: str) -> dict[str, object]:
     return {"step_s": None, "peak_bytes": None, "reason": reason[:300]}
 
 
-def _ratio(result: dict[str, object], slow: str, fast: str) -> float | None:
-    times = [dict(result[name])["step_s"] for name in (slow, fast)]  # type: ignore[call-overload]
+def _ratio(result: dict[str, Any], slow: str, fast: str) -> float | None:
+    times = [result[name]["step_s"] for name in (slow, fast)]
     return None if None in times else times[0] / times[1]
 
 

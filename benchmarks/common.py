@@ -21,7 +21,7 @@ from models.recipe import CropPairs, PretrainRecipe
 from trainer.build import lay_out
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PairSampler
-from trainer.methods.pcrl import Pcrl
+from trainer.methods.pcrl import Losses, Pcrl
 from trainer.methods.views import Views
 
 SCAN_SHAPE = (160, 160, 128)
@@ -82,7 +82,7 @@ class Training:
 
     method: Pcrl
     optimizer: torch.optim.Optimizer
-    losses: Callable[[Views], object]
+    losses: Callable[[Views], Losses]
 
     @classmethod
     def of(cls, recipe: PretrainRecipe, device: torch.device, *, is_compiled: bool) -> Training:
@@ -107,10 +107,10 @@ class Training:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             losses = self.losses(views)
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()  # type: ignore[attr-defined]
+        losses.total.backward()  # type: ignore[no-untyped-call]  # of torch
         self.optimizer.step()
-        self.method.update(losses)  # type: ignore[arg-type]
-        return float(losses.total.detach())  # type: ignore[attr-defined]
+        self.method.update(losses)
+        return float(losses.total.detach())
 
 
 def seconds(

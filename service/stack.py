@@ -110,9 +110,13 @@ class Stack:
         return self._children[name].pid
 
     def stop(self, *, grace_s: float = 30.0) -> None:
-        """Ask every process to stop, then kill what remains after `grace_s`."""
+        """Ask every process to stop, then kill what remains after `grace_s`.
+
+        Of a worker the listening process alone is asked, as under docker; it tells the one that
+        works. When the group was signalled, some stops on loaded cores took the whole grace.
+        """
         for child in self._children.values():
-            _signal_group(child, signal.SIGTERM)
+            child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         for child in self._children.values():
             with contextlib.suppress(subprocess.TimeoutExpired):

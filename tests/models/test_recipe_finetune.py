@@ -54,4 +54,8 @@ def test_contradictions_are_refused(kind, change, reason) -> None:
 
 
 def test_without_turns_an_input_need_not_be_square() -> None:
-    ClassifyRecipe(labels=("a",), input_size=(64, 32, 32), quarter_turns=False)
+    oblong = ClassifyRecipe(labels=("a",), input_size=(64, 32, 32), quarter_turns=False)
+
+    assert oblong.input_size == (64, 32, 32)
+    with pytest.raises(ValueError, match="quarter turns"):
+        ClassifyRecipe(labels=("a",), input_size=(64, 32, 32), quarter_turns=True)

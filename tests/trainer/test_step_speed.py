@@ -137,11 +137,17 @@ def test_a_step_asks_the_device_for_no_value_and_sends_it_nothing_on_the_side(
 def test_a_step_is_one_compiled_graph_of_the_same_losses() -> None:
     """Captured, not generated: inductor takes ten minutes for it on two cores."""
     method, volumes, sampler = make("paper", 3, "cpu")
-    captured = torch.compile(method.losses, backend="eager", fullgraph=True)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()  # what other tests compiled of the same code
+    captured = torch.compile(method.losses, backend=keep, fullgraph=True)  # a break would raise
 
     for number in (1, 2, 3):
         batch = method.make_views(volumes, sampler, number)
         torch.testing.assert_close(captured(batch).total, method.losses(batch).total)
 
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the mix becomes a number
-    assert not torch._dynamo.utils.counters["graph_break"]
+    assert 1 <= len(graphs) <= 2  # the mix becomes a number
