@@ -31,7 +31,7 @@ up: $(STAMP) ## Start the embedded stack until Ctrl-C
 	$(BIN)/pcrl up --port $(PORT)
 
 test: $(STAMP) ## Run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## Format, lint, types and import contracts
 	$(BIN)/ruff format --check .

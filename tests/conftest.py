@@ -15,7 +15,12 @@ from sqlalchemy.orm import Session, sessionmaker
 POSTGRES_URL = os.environ.get(
     "PCRL_TEST_POSTGRES_URL", "postgresql+psycopg://postgres@127.0.0.1:5432"
 )
-REDIS_URL = os.environ.get("PCRL_TEST_REDIS_URL", "redis://127.0.0.1:6379/9")
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+REDIS_URL = os.environ.get("PCRL_TEST_REDIS_URL", f"redis://127.0.0.1:6379/{9 + WORKER}")
+
+if WORKERS > 1:  # each process, and what it starts, keeps to its share of the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
 def _absent(what: str) -> None:
