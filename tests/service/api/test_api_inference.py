@@ -134,11 +134,15 @@ def test_who_prefers_to_wait_gets_the_result(api, world):
     body = {"volume_id": world.image, "model": world.encoder}
     done = threading.Event()
 
+    def waiting() -> set[str]:
+        return {made["id"] for made in api("GET", "/embeddings?state=queued").json()["items"]}
+
+    others = waiting()
+
     def work() -> None:
         while not done.is_set():
-            queued = api("GET", "/embeddings?state=queued").json()["items"]
-            if queued:
-                api.work(queued[0]["id"], result=EMBEDDED)
+            if mine := waiting() - others:
+                api.work(mine.pop(), result=EMBEDDED)
                 return
             time.sleep(0.05)
 
