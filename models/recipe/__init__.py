@@ -1,0 +1,104 @@
+"""What a training job asks for.
+
+Every number of the method is a field whose default is the paper's (Zhou et al., ICCV 2021; "P").
+`method.preset` names another set of defaults (`models.presets`): it fills in the fields that were
+not given, in `method`, `crops` and the recipe itself, so a validated recipe always says all.
+A recipe is frozen, refuses unknown fields, and its `digest` names it in manifests and caches.
+
+Axes are (I, J, K) in RAS+; sizes in voxels of the resampled grid, spacing in mm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Discriminator, Tag
+
+from models.recipe.finetune import ClassifyRecipe, ClassifyRecipe2d, FinetuneRecipe, SplitShares
+from models.recipe.parts import (
+    TISSUE_HU,
+    LabelName,
+    LabelValue,
+    Normalisation,
+    OwnRange,
+    Part,
+    Percentiles,
+    Preprocessing,
+    Preprocessing2d,
+    ResNetUNet2d,
+    Share,
+    Size,
+    Size2d,
+    SpacingMm,
+    UNet3d,
+    Window,
+    ZScore,
+)
+from models.recipe.pcrl import Contrast, Pcrl, Pushed, Reconstruction
+from models.recipe.pretrain import PretrainRecipe, PretrainRecipe2d
+from models.recipe.views import CropPairs, ImageCrops, ImageViews
+
+__all__ = [
+    "TISSUE_HU",
+    "AnyClassify",
+    "AnyPretrain",
+    "AnyRecipe",
+    "ClassifyRecipe",
+    "ClassifyRecipe2d",
+    "Contrast",
+    "CropPairs",
+    "FinetuneRecipe",
+    "ImageCrops",
+    "ImageViews",
+    "LabelName",
+    "LabelValue",
+    "Normalisation",
+    "OwnRange",
+    "Part",
+    "Pcrl",
+    "Percentiles",
+    "Preprocessing",
+    "Preprocessing2d",
+    "PretrainRecipe",
+    "PretrainRecipe2d",
+    "Pushed",
+    "Recipe",
+    "Reconstruction",
+    "ResNetUNet2d",
+    "Share",
+    "Size",
+    "Size2d",
+    "SpacingMm",
+    "SplitShares",
+    "UNet3d",
+    "Window",
+    "ZScore",
+]
+
+AnyPretrain = PretrainRecipe | PretrainRecipe2d
+AnyClassify = ClassifyRecipe | ClassifyRecipe2d
+AnyRecipe = AnyPretrain | FinetuneRecipe | AnyClassify
+
+
+def _form(given: object) -> str | None:
+    """Kind of a recipe, and whether its network is 2D."""
+
+    def of(part: object, name: str) -> object:
+        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+    kind = of(given, "kind")
+    in_2d = of(of(given, "network"), "kind") == "resnet18_unet2d"
+    has_2d = kind in ("pretrain", "classify")
+    return f"{kind}_2d" if in_2d and has_2d else kind if isinstance(kind, str) else None
+
+
+Recipe = Annotated[
+    Annotated[PretrainRecipe, Tag("pretrain")]
+    | Annotated[PretrainRecipe2d, Tag("pretrain_2d")]
+    | Annotated[FinetuneRecipe, Tag("finetune")]
+    | Annotated[ClassifyRecipe, Tag("classify")]
+    | Annotated[ClassifyRecipe2d, Tag("classify_2d")],
+    Discriminator(_form),
+]
+"""Told apart by `kind`, and by `network.kind` where there are both."""

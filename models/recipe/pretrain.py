@@ -1,0 +1,101 @@
+"""Recipes of pretraining, in 3D and in 2D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from models import presets
+from models.recipe.parts import (
+    TISSUE_HU,
+    Part,
+    Preprocessing,
+    Preprocessing2d,
+    ResNetUNet2d,
+    UNet3d,
+    Window,
+)
+from models.recipe.pcrl import Pcrl
+from models.recipe.views import CropPairs, ImageViews
+
+
+class _Pretraining(Part):
+    """What pretraining has in 3D and in 2D."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    method: Pcrl = Pcrl()
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    learning_rate: PositiveFloat = 1e-3
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    checkpoint_every: PositiveInt = 500
+    log_every: PositiveInt = 10
+    compile: bool = False
+    """Compile the step with torch.compile: minutes once, the same function but for rounding."""
+
+    _dims: ClassVar[Literal[2, 3]] = 3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: object) -> object:
+        if not isinstance(given, Mapping):
+            return given
+        method, crops = given.get("method", {}), given.get("crops", {})
+        preset = (
+            method.get("preset") if isinstance(method, Mapping) else getattr(method, "preset", None)
+        )
+        in_2d = "_2d" if cls._dims == 2 else ""
+        if isinstance(crops, Mapping):
+            crops = presets.filled(crops, preset, f"crops{in_2d}")
+        return presets.filled({**given, "crops": crops}, preset, f"optimizer{in_2d}")
+
+    @model_validator(mode="after")
+    def _queue_holds_a_step(self) -> Self:
+        pushed = len(self.method.push) * self.batch_size
+        if self.method.queue_size < pushed:
+            raise ValueError(
+                f"queue_size {self.method.queue_size} is below the {pushed} vectors of one step"
+            )
+        return self
+
+
+class PretrainRecipe(_Pretraining):
+    """Self-supervised pretraining; the defaults are P's, or those of `method.preset`."""
+
+    network: UNet3d = UNet3d()
+    preprocessing: Preprocessing = Preprocessing()
+    crops: CropPairs = CropPairs()
+    num_steps: PositiveInt = 74_400
+    """240 epochs of 310 steps (P on LUNA)."""
+    fused: bool = True
+    """Compute the decoder's up-convolutions fused: the same function, a third fewer operations."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.crops.max_tissue is not None:
+            window = self.preprocessing.intensity
+            if not isinstance(window, Window) or not window.low_hu < TISSUE_HU < window.high_hu:
+                raise ValueError(f"max_tissue needs a window that contains {TISSUE_HU} HU")
+        return self
+
+
+class PretrainRecipe2d(_Pretraining):
+    """Self-supervised pretraining on 2D images; `network` says that it is 2D."""
+
+    network: ResNetUNet2d = ResNetUNet2d()
+    preprocessing: Preprocessing2d = Preprocessing2d()
+    crops: ImageViews = ImageViews()
+    num_steps: PositiveInt = 73_564
+    """240 epochs of P's 78,468 images of Chest14."""
+    batch_size: Annotated[int, Field(ge=2)] = 256
+
+    _dims: ClassVar[Literal[2, 3]] = 2
+
+    @model_validator(mode="after")
+    def _has_skips(self) -> Self:
+        if not self.method.skip:
+            raise ValueError(f"skip false is for unet3d alone; this is {self.network.kind}")
+        return self
