@@ -28,8 +28,10 @@ import numpy as np
 
 from imaging import dicom, nifti
 from imaging.archive import is_zip, open_members
+from imaging.deidentify import deidentify_upload
 from imaging.dicom_header import looks_like_dicom, quiet
 from imaging.errors import ScanError
+from imaging.identity import Policy, Pseudonyms
 from imaging.limits import CHUNK_BYTES, MAX_MEMBERS, MAX_UNPACKED_BYTES
 from imaging.volume import Array, Grid, Volume, canonical
 
@@ -253,13 +255,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu-s", type=int, help="limit of processor time")
     parser.add_argument("--file-bytes", type=int, help="limit of each written file")
     parser.add_argument("--open-files", type=int, help="limit of open files")
+    parser.add_argument(
+        "--deidentify", action="store_true", help="the key and the policy are on standard input"
+    )
     options = parser.parse_args(arguments)
     _confine(options)
     try:
         with quiet():
-            scan = read_scan(options.path, kind=options.kind, series_uid=options.series)
+            scan, answer = _scan_and_report(options)
         nifti.write(options.out / "volume.nii", scan.volume.voxels, scan.volume.affine)
-        answer, status = report_of(scan), 0
+        status = 0
     except ScanError as error:
         answer, status = _problem(error), EXIT_BAD_SCAN
     except MemoryError:
@@ -270,6 +275,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answer, status = _problem(ScanError("too_large", "unpacks to too much")), EXIT_BAD_SCAN
     json.dump(answer, sys.stdout)
     return status
+
+
+def _scan_and_report(options: argparse.Namespace) -> tuple[Scan, dict[str, Any]]:
+    if not options.deidentify:
+        scan = read_scan(options.path, kind=options.kind, series_uid=options.series)
+        return scan, report_of(scan)
+    wish = json.load(sys.stdin)
+    return read_without_identity(
+        options.path,
+        options.out,
+        kind=options.kind,
+        series_uid=options.series,
+        names=Pseudonyms(bytes.fromhex(wish["key"])),
+        policy=Policy(**wish["policy"]),
+    )
+
+
+def read_without_identity(
+    path: Path,
+    out_dir: Path,
+    *,
+    kind: Kind,
+    series_uid: str | None,
+    names: Pseudonyms,
+    policy: Policy,
+) -> tuple[Scan, dict[str, Any]]:
+    """Write `out_dir/original`, the upload without identities, and read the scan from it.
+
+    Args:
+        path: What was sent in.
+        out_dir: Existing folder.
+        kind: As of `read_scan`.
+        series_uid: As it was sent, or as it is mapped.
+        names: Gives pseudonyms.
+        policy: What the site wants.
+
+    Returns:
+        The scan, and its report; `deidentified` says what was done, the patient's pseudonym and
+        the mapped `series_uid` that was asked for.
+
+    Raises:
+        ScanError: As `read_scan`; `burned_in_annotation`; `unsupported_format` for what can be
+            read and not be cleaned.
+    """
+    cleaned = deidentify_upload(path, out_dir / "original", names, policy)
+    if cleaned is None:
+        read_scan(path, kind=kind, series_uid=series_uid)  # says what is wrong with it
+        raise ScanError("unsupported_format", "a scan of a kind that cannot be de-identified")
+    if series_uid is not None:
+        series_uid = cleaned.series_named(series_uid, names)
+    scan = read_scan(cleaned.path, kind=kind, series_uid=series_uid)
+    report = report_of(scan)
+    report["members"] = cleaned.explained(report["members"])
+    report["deidentified"] = {
+        **cleaned.facts,
+        "subject": cleaned.patient_of(scan.patient_key),
+        "series_uid": series_uid or "",
+    }
+    return scan, report
 
 
 def _problem(error: ScanError) -> dict[str, Any]:

@@ -67,6 +67,7 @@ _SCANS = {
     "non_finite_voxels": Kind(422, "The scan has voxels that are not finite numbers"),
     "labels_not_integers": Kind(422, "A label volume must hold whole numbers from 0 to 255"),
     "archive_unsafe": Kind(422, "The archive is not safe to open"),
+    "burned_in_annotation": Kind(422, "The pixels may show who the patient is"),
     "too_large": Kind(413, "The scan is larger than allowed"),
 }
 _RESOURCES = {

@@ -171,7 +171,7 @@ class Volume(Answer):
     affine: Matrix = Field(description="Voxel to RAS+, mm.")
     source_shape: Size
     source_affine: Matrix = Field(description="Of the file as it was sent; voxel to RAS+, mm.")
-    sha256: Sha256 = Field(description="Of the bytes as they were sent.")
+    sha256: Sha256 = Field(description="Of the kept file: what was sent, without identities.")
     size_bytes: int
     skipped: tuple[SkippedMember, ...] = Field(
         (), description="Archive members that were not read, by index."

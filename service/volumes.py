@@ -1,6 +1,7 @@
 """Volumes: from uploaded bytes to a row, and back out.
 
-The uploaded file is kept as it came; next to it lies the canonical volume (RAS+, uncompressed
+The uploaded file is kept without patients' identities (as it came where the site turns that off);
+next to it lies the canonical volume (RAS+, uncompressed
 NIfTI) that training and inference map into memory. A row appears only when both are whole.
 """
 
@@ -16,8 +17,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from imaging import sandbox
+from imaging.identity import DEFAULT, Policy
 from imaging.sandbox import IntakeReport
-from service.auth import subject_pseudonym
+from service.auth import site_pseudonyms
 from service.db import (
     Artifact,
     Blob,
@@ -44,8 +46,11 @@ def ingest(
     subject: str | None,
     series_uid: str | None,
     principal: str,
+    policy: Policy | None = DEFAULT,
 ) -> tuple[Volume, bool]:
     """Make a volume of a file that lies in the store under `sha256`; the caller commits.
+
+    What came is replaced by a file without identities, unless `policy` is None, and removed.
 
     What is pending in the session is committed first, so that no transaction is open while the
     child process reads the scan. On any error nothing stays: no row, no canonical volume, and
@@ -61,6 +66,7 @@ def ingest(
             its PatientID (keyed hash), and NIfTI gets one of its own from the file's digest.
         series_uid: Which series of a DICOM archive that has several.
         principal: Id of who does it.
+        policy: How identities are removed; None keeps the file as it came.
 
     Returns:
         The volume, and whether it is new (False: these bytes were there already).
@@ -68,10 +74,11 @@ def ingest(
     Raises:
         ScanError: The file is not a usable scan.
     """
-    there = _find(session, sha256, kind, subject, series_uid)
+    there = None if policy else _find(session, sha256, kind, subject, series_uid)
     session.commit()
     if there is not None:
         return there, False
+    sent = sha256
     try:
         with tempfile.TemporaryDirectory(dir=store.tmp) as folder:
             report = sandbox.run_intake(
@@ -79,17 +86,20 @@ def ingest(
                 Path(folder),
                 kind=cast("Literal['image', 'labels']", kind),
                 series_uid=series_uid,
+                identity=(site_pseudonyms(store.data_dir), policy) if policy else None,
             )
             voxels_sha256, voxels_size = store.put_file(report.volume_path)
+            if report.original_path is not None:
+                sha256, size = store.put_file(report.original_path)
     except BaseException:
-        _discard(session, store, sha256)
+        _discard(session, store, sent, sha256)
         raise
+    if sent != sha256:
+        _discard(session, store, sent)
+    if report.deidentified is not None:
+        series_uid = report.deidentified["series_uid"] or None
     if subject is None:
-        subject = (
-            subject_pseudonym(store.data_dir, report.patient_key)
-            if report.patient_key
-            else f"sub_{sha256[:16]}"
-        )
+        subject = _subject_of(report, store) or f"sub_{sha256[:16]}"
     try:
         return _insert(
             session,
@@ -228,6 +238,14 @@ def _insert(
     return volume, True
 
 
+def _subject_of(report: IntakeReport, store: Store) -> str:
+    """The patient's pseudonym; empty where the scan names no patient."""
+    if not report.patient_key:
+        return ""
+    named = report.deidentified["subject"] if report.deidentified else ""
+    return named or site_pseudonyms(store.data_dir).patient(report.patient_key)
+
+
 def _facts(report: IntakeReport) -> dict[str, Any]:
     return {
         "modality": report.modality,
@@ -241,6 +259,7 @@ def _facts(report: IntakeReport) -> dict[str, Any]:
             "dtype": str(report.dtype),
             "series_uid": report.series_uid,
             "members": [_plain(member) for member in report.members],
+            "deidentified": report.deidentified,
         },
     }
 

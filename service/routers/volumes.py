@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
+from imaging.identity import Policy
 from service import db, schemas, volumes
 from service.auth import Principal
 from service.errors import ServiceError
@@ -40,6 +41,7 @@ SCAN_PROBLEMS = (
     "non_finite_voxels",
     "labels_not_integers",
     "archive_unsafe",
+    "burned_in_annotation",
     "too_large",
 )
 _BODY = {
@@ -91,7 +93,7 @@ async def upload_volume(
         if writer.size == 0:
             raise ServiceError(422, "not_a_scan", "the request has no body; a scan was expected")
         sha256, size = await run_in_threadpool(store.commit_blob, writer)
-    volume, is_new = await run_in_threadpool(
+    volume, size, is_new = await run_in_threadpool(
         _ingest,
         sessions,
         store,
@@ -101,6 +103,7 @@ async def upload_volume(
         subject=subject,
         series_uid=series_uid,
         caller=caller,
+        policy=settings.policy(),
     )
     body = views.volume(volume, size).model_dump(mode="json")
     location = f"{deps.PREFIX}/volumes/{volume.id}"
@@ -158,10 +161,10 @@ def download_volume(
     store: deps.StoreOf,
     format: Annotated[
         Literal["nifti", "original"],
-        Query(description="RAS+ NIfTI without identifiers, or the bytes as they were sent."),
+        Query(description="RAS+ NIfTI, or what was sent, without identities."),
     ] = "nifti",
 ) -> Response:
-    """The canonical NIfTI, or the original bytes."""
+    """The canonical NIfTI, or the file it was read from."""
     row = volumes.get(session, volume_id)
     if format == "nifti":
         return files.attachment(store.path_of(row.voxels_sha256), f"{row.id}.nii")
@@ -233,9 +236,10 @@ def _ingest(
     subject: str | None,
     series_uid: str | None,
     caller: Principal,
-) -> tuple[db.Volume, bool]:
+    policy: Policy | None,
+) -> tuple[db.Volume, int, bool]:
     with sessions() as session:
-        found = volumes.ingest(
+        volume, is_new = volumes.ingest(
             session,
             store,
             sha256,
@@ -244,9 +248,10 @@ def _ingest(
             subject=subject,
             series_uid=series_uid,
             principal=caller.id,
+            policy=policy,
         )
         session.commit()
-        return found
+        return volume, _size_of(session, volume), is_new
 
 
 def _size_of(session: Session, row: db.Volume) -> int:
