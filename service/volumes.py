@@ -68,7 +68,7 @@ def ingest(
     Raises:
         ScanError: The file is not a usable scan.
     """
-    there = _find(session, sha256, kind, subject, series_uid)
+    there = find(session, sha256, kind, subject, series_uid)
     session.commit()
     if there is not None:
         return there, False
@@ -196,9 +196,10 @@ def record_blob(session: Session, store: Store, sha256: str, size: int) -> None:
     insert_if_absent(session, Blob, sha256=sha256, size_bytes=size)
 
 
-def _find(
+def find(
     session: Session, sha256: str, kind: str, subject: str | None, series_uid: str | None
 ) -> Volume | None:
+    """The volume that these bytes became, if they did; of any subject where none is named."""
     statement = select(Volume).where(
         Volume.original_sha256 == sha256,
         Volume.kind == kind,
@@ -214,7 +215,7 @@ def _insert(
 ) -> tuple[Volume, bool]:
     for sha256 in sorted(sizes):  # one order, so that two requests never wait for each other
         record_blob(session, store, sha256, sizes[sha256])
-    there = _find(
+    there = find(
         session,
         volume.original_sha256,
         volume.kind,
