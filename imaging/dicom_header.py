@@ -48,7 +48,7 @@ from pydicom.uid import (
 )
 
 from imaging.errors import ScanError
-from imaging.limits import MAX_INFLATED_BYTES, MAX_VOXELS
+from imaging.limits import MAX_INFLATED_BYTES, MAX_SIDE, MAX_VOXELS, Metered
 from imaging.volume import Array
 
 SINGLE_FRAME = {CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage}
@@ -206,11 +206,11 @@ def parse(data: bytes, **options: Any) -> Dataset:
     """
     inflated = _inflate(data)
     if inflated is not None:
-        dataset = pydicom.dcmread(BytesIO(inflated), force=True, **options)
+        dataset = pydicom.dcmread(Metered(inflated), force=True, **options)
         dataset.file_meta = FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         return dataset
-    dataset = pydicom.dcmread(BytesIO(data), force=True, **options)
+    dataset = pydicom.dcmread(Metered(data), force=True, **options)
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
@@ -250,7 +250,7 @@ def _judge(dataset: Dataset, member: int) -> Header:
     num_frames = int(dataset.get("NumberOfFrames") or 1)
     if rows < 1 or columns < 1 or num_frames < 1:
         raise ScanError("not_a_scan", "an image without pixels")
-    if rows * columns * num_frames > MAX_VOXELS:
+    if max(rows, columns, num_frames) > MAX_SIDE or rows * columns * num_frames > MAX_VOXELS:
         raise ScanError("too_large", f"{columns} x {rows} x {num_frames} pixels in one file")
     if sop_class in SINGLE_FRAME and num_frames != 1:
         raise ScanError("unsupported_format", f"{num_frames} frames in a single-frame object")

@@ -10,12 +10,9 @@ Axes: volumes are (I, J, K) in RAS+; `Scan.source` keeps the grid of the files.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import gzip
 import json
-import resource
-import signal
 import sys
 import tempfile
 import zlib
@@ -28,6 +25,7 @@ import numpy as np
 
 from imaging import dicom, nifti
 from imaging.archive import is_zip, open_members
+from imaging.confine import confine
 from imaging.deidentify import deidentify_upload
 from imaging.dicom_header import looks_like_dicom, quiet
 from imaging.errors import ScanError
@@ -255,11 +253,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu-s", type=int, help="limit of processor time")
     parser.add_argument("--file-bytes", type=int, help="limit of each written file")
     parser.add_argument("--open-files", type=int, help="limit of open files")
+    parser.add_argument("--confine", type=int, metavar="PID", help="child of PID: see confine.py")
     parser.add_argument(
         "--deidentify", action="store_true", help="the key and the policy are on standard input"
     )
     options = parser.parse_args(arguments)
-    _confine(options)
+    if options.confine is not None:
+        confine(
+            memory_bytes=options.memory_bytes,
+            cpu_s=options.cpu_s,
+            file_bytes=options.file_bytes,
+            open_files=options.open_files,
+            parent_pid=options.confine,
+            readable=[options.path],
+            writable=options.out,
+        )
     try:
         with quiet():
             scan, answer = _scan_and_report(options)
@@ -338,23 +346,6 @@ def read_without_identity(
 
 def _problem(error: ScanError) -> dict[str, Any]:
     return {"error": {"code": error.code, "detail": error.detail, "extra": error.extra}}
-
-
-def _confine(options: argparse.Namespace) -> None:
-    """Take away what reading a scan does not need; die with the parent (Linux)."""
-    for limit, value in (
-        (resource.RLIMIT_AS, options.memory_bytes),
-        (resource.RLIMIT_CPU, options.cpu_s),
-        (resource.RLIMIT_FSIZE, options.file_bytes),
-        (resource.RLIMIT_NOFILE, options.open_files),
-    ):
-        if value is not None:
-            resource.setrlimit(limit, (value, value))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 
 
 if __name__ == "__main__":

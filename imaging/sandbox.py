@@ -1,7 +1,8 @@
 """The intake in a child process with limits: hostile bytes never meet the parent.
 
-The child gets a bare environment (no secrets), no standard input, and hard limits on memory,
-processor time, file size, open files and core dumps; the parent adds a wall clock.
+The child gets a bare environment (no secrets), no standard input, and the walls of
+`imaging.confine`: hard limits on memory, processor time, file size, open files and core dumps, no
+network, no other program, no files but the scan; the parent adds a wall clock.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def _command(
         f"--cpu-s={limits.cpu_s}",
         f"--file-bytes={limits.file_bytes}",
         f"--open-files={limits.open_files}",
+        f"--confine={os.getpid()}",
     ]
     if series_uid is not None:
         command.append(f"--series={series_uid}")

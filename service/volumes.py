@@ -47,10 +47,11 @@ def ingest(
     series_uid: str | None,
     principal: str,
     policy: Policy | None = DEFAULT,
+    path: Path | None = None,
 ) -> tuple[Volume, bool]:
-    """Make a volume of a file that lies in the store under `sha256`; the caller commits.
+    """Make a volume of a file that was sent; the caller commits.
 
-    What came is replaced by a file without identities, unless `policy` is None, and removed.
+    What is stored is the file without identities, unless `policy` is None.
 
     What is pending in the session is committed first, so that no transaction is open while the
     child process reads the scan. On any error nothing stays: no row, no canonical volume, and
@@ -67,6 +68,8 @@ def ingest(
         series_uid: Which series of a DICOM archive that has several.
         principal: Id of who does it.
         policy: How identities are removed; None keeps the file as it came.
+        path: Where the file lies, on the store's file system; the caller removes it. Without it,
+            the file lies in the store under `sha256`, and goes from there if it is replaced.
 
     Returns:
         The volume, and whether it is new (False: these bytes were there already).
@@ -74,15 +77,15 @@ def ingest(
     Raises:
         ScanError: The file is not a usable scan.
     """
-    there = None if policy else _find(session, sha256, kind, subject, series_uid)
+    there = None if policy else find(session, sha256, kind, subject, series_uid)
     session.commit()
     if there is not None:
         return there, False
-    sent = sha256
+    sent = [] if path else [sha256]
     try:
         with tempfile.TemporaryDirectory(dir=store.tmp) as folder:
             report = sandbox.run_intake(
-                store.verify(sha256),
+                path or store.verify(sha256),
                 Path(folder),
                 kind=cast("Literal['image', 'labels']", kind),
                 series_uid=series_uid,
@@ -91,11 +94,13 @@ def ingest(
             voxels_sha256, voxels_size = store.put_file(report.volume_path)
             if report.original_path is not None:
                 sha256, size = store.put_file(report.original_path)
+            elif path is not None:
+                store.link_file(path, sha256)
     except BaseException:
-        _discard(session, store, sent, sha256)
+        _discard(session, store, *sent)
         raise
-    if sent != sha256:
-        _discard(session, store, sent)
+    if report.original_path is not None:
+        _discard(session, store, *(set(sent) - {sha256}))
     if report.deidentified is not None:
         series_uid = report.deidentified["series_uid"] or None
     if subject is None:
@@ -206,9 +211,10 @@ def record_blob(session: Session, store: Store, sha256: str, size: int) -> None:
     insert_if_absent(session, Blob, sha256=sha256, size_bytes=size)
 
 
-def _find(
+def find(
     session: Session, sha256: str, kind: str, subject: str | None, series_uid: str | None
 ) -> Volume | None:
+    """The volume that these bytes became, if they did; of any subject where none is named."""
     statement = select(Volume).where(
         Volume.original_sha256 == sha256,
         Volume.kind == kind,
@@ -224,7 +230,7 @@ def _insert(
 ) -> tuple[Volume, bool]:
     for sha256 in sorted(sizes):  # one order, so that two requests never wait for each other
         record_blob(session, store, sha256, sizes[sha256])
-    there = _find(
+    there = find(
         session,
         volume.original_sha256,
         volume.kind,
