@@ -53,5 +53,9 @@ class Pseudonyms:
         drawn = int.from_bytes(self._digest(f"days {patient}")[:8], "big")
         return -1 - drawn % MAX_SHIFT_DAYS
 
+    def text(self, text: str) -> str:
+        """What may be kept of a text of somebody's choosing: 64 hexadecimal digits."""
+        return self._digest(f"text {text}").hex()
+
     def _digest(self, text: str) -> bytes:
         return hmac.new(self.key, text.encode(errors="replace"), hashlib.sha256).digest()

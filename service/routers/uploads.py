@@ -186,6 +186,7 @@ async def send_piece(
     ),
 )
 async def complete_upload(
+    *,
     upload_id: schemas.UploadId,
     request: Request,
     caller: deps.Annotator,
