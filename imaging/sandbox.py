@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,13 @@ class IntakeReport:
     affine_from: str
     dtype: str
     members: list[dict[str, Any]]
-    """Files not used: `{"member": place, "reason": text}`."""
+    """Files not used: `{"member": place, "reason": text, "sop_uid": uid}`."""
+    used: list[dict[str, Any]] = field(default_factory=list)
+    """Files used: `{"member": place, "sop_uid": uid}`."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided or done that a reader of the volume should know."""
+    slices: dict[str, Any] | None = None
+    """Of a resampled series: the way back to its slices (`imaging.slices.slices_of`)."""
 
     @property
     def source(self) -> Grid:
