@@ -10,7 +10,7 @@ from __future__ import annotations
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
@@ -31,8 +31,8 @@ def is_zip(start: bytes) -> bool:
 
 
 @contextmanager
-def open_members(path: Path) -> Iterator[list[Callable[[], BinaryIO]]]:
-    """The files of a zip (not its folders) in its order, each as a function that opens it.
+def open_members(path: Path) -> Iterator[list[Member]]:
+    """The files of a zip (not its folders) in its order, each called to open it.
 
     Raises:
         ScanError: `truncated_file`, `too_large`, `archive_unsafe`, `unsupported_format`; also
@@ -50,7 +50,7 @@ def open_members(path: Path) -> Iterator[list[Callable[[], BinaryIO]]]:
         _check_entries(entries)
         _check_sizes(archive)
         budget = _Budget(_READS_PER_FILE * MAX_UNPACKED_BYTES)
-        yield [_opener(archive, entry, budget) for entry in entries]
+        yield [Member(archive, entry, budget) for entry in entries]
 
 
 def _check_directory_size(path: Path) -> None:
@@ -128,7 +128,7 @@ class _Budget:
             raise ScanError("too_large", f"the zip unpacks to more than {MAX_UNPACKED_BYTES} bytes")
 
 
-class _Member:
+class _OpenMember:
     """A file of the archive, open for reading forward; damage becomes a `ScanError`."""
 
     def __init__(self, file: BinaryIO, budget: _Budget) -> None:
@@ -143,21 +143,36 @@ class _Member:
         self._budget.spend(len(data))
         return data
 
-    def __enter__(self) -> _Member:
+    def __enter__(self) -> _OpenMember:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
-def _opener(
-    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: _Budget
-) -> Callable[[], BinaryIO]:
-    def open_member() -> BinaryIO:
+class Member:
+    """A file of the archive; calling it opens it.
+
+    Args:
+        archive: Open for as long as members are read.
+        entry: Which of its files.
+        budget: Shared by all members.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: _Budget) -> None:
+        self._archive = archive
+        self._entry = entry
+        self._budget = budget
+
+    @property
+    def declared_bytes(self) -> int:
+        """Unpacked size as the directory has it: a hint, not to be trusted."""
+        return self._entry.file_size
+
+    def __call__(self) -> BinaryIO:
+        """Open it for reading forward."""
         try:
-            file = archive.open(entry)
+            file = self._archive.open(self._entry)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
             raise ScanError("truncated_file", "a file of the zip cannot be opened") from error
-        return cast(BinaryIO, _Member(cast(BinaryIO, file), budget))
-
-    return open_member
+        return cast(BinaryIO, _OpenMember(cast(BinaryIO, file), self._budget))

@@ -11,21 +11,31 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from imaging.archive import is_zip, open_members
-from imaging.deidentify_dicom import PROFILE, Cleaned, Refused, clean_object
-from imaging.deidentify_formats import Form, clean_file, clean_path, form_of
+from imaging.archive import Member, is_zip, open_members
+from imaging.deidentify_dicom import PROFILE, Refused, clean_object
+from imaging.deidentify_formats import clean_file, clean_path, clean_voxels, form_of
 from imaging.deidentify_rules import EDITION
-from imaging.dicom_header import looks_like_dicom, patient_key
+from imaging.dicom_file import looks_like_dicom
+from imaging.dicom_header import patient_key
 from imaging.errors import ScanError
 from imaging.identity import Policy, Pseudonyms
 from imaging.limits import CHUNK_BYTES, MAX_FILE_BYTES, read_capped
+from imaging.volume_files import SNIFF_BYTES, Form, detached
+from imaging.volume_files import form_of as form_of_scan
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_SNIFF_BYTES = 1024
-_VOLUMES: set[Form | None] = {"nifti", "nrrd", "metaimage"}
 _ANOTHER = "quarantined: another image of its series is"
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Why a file that was sent is not kept."""
+
+    reason: str
+    sop_uid: str = ""
+    """Mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +45,8 @@ class Deidentified:
     path: Path
     places: tuple[int, ...]
     """Where each file that is in it was among the files sent in."""
-    left_out: Mapping[int, str]
-    """Place and reason of each file that is not in it."""
+    left_out: Mapping[int, LeftOut]
+    """By place, each file that is not in it."""
     series_uids: frozenset[str] = frozenset()
     """Mapped."""
     patients: frozenset[str] = frozenset()
@@ -58,10 +68,22 @@ class Deidentified:
         twice = {names.uid(uid): uid for uid in self.series_uids}
         return twice.get(series_uid) or names.uid(series_uid)
 
+    def as_sent(self, value: Any) -> Any:
+        """What a reader of the cleaned upload says, with each `member` as a place in what came."""
+        if isinstance(value, Mapping):
+            told = {name: self.as_sent(part) for name, part in value.items()}
+            if isinstance(value.get("member"), int):
+                told["member"] = self.places[value["member"]]
+            return told
+        return [self.as_sent(part) for part in value] if isinstance(value, list | tuple) else value
+
     def explained(self, members: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What a reader of the cleaned upload says of its files, in terms of what was sent."""
-        told = [{**member, "member": self.places[member["member"]]} for member in members]
-        told += [{"member": place, "reason": reason} for place, reason in self.left_out.items()]
+        """The files that are not used: what a reader says of those kept, and those left out."""
+        told: list[dict[str, Any]] = self.as_sent(list(members))
+        told += [
+            {"member": place, "reason": one.reason, "sop_uid": one.sop_uid}
+            for place, one in self.left_out.items()
+        ]
         return sorted(told, key=lambda one: int(one["member"]))
 
 
@@ -85,12 +107,10 @@ def deidentify_upload(
     """
     facts = {"profile": PROFILE, "table": EDITION, "dates": policy.dates}
     with path.open("rb") as file:
-        start = file.read(_SNIFF_BYTES)
+        start = file.read(SNIFF_BYTES)
     if is_zip(start):
         with open_members(path) as members:
-            kept = _Kept(facts)
-            _clean_members(members, target, names, policy, kept)
-        return kept.result(target)
+            return _clean_zip(members, target, names, policy, facts)
     if (form := form_of(start)) is not None:
         clean_path(path, target, form)
         return Deidentified(target, (0,), {}, facts=facts)
@@ -107,105 +127,121 @@ def deidentify_upload(
     return Deidentified(target, (0,), {}, frozenset([found.series_uid]), patients, facts)
 
 
-class _Kept:
-    """What is known of a zip's files while they are gone through."""
+def _clean_zip(
+    members: Sequence[Member],
+    target: Path,
+    names: Pseudonyms,
+    policy: Policy,
+    facts: Mapping[str, str],
+) -> Deidentified | None:
+    forms = [form_of_scan(member) for member in members]
+    if "zip" in forms:
+        raise ScanError("archive_unsafe", f"file {forms.index('zip')} is itself a zip")
+    if "dicom" in forms:
+        kept = _Kept()
+        with _new_zip(target) as archive:
+            for place, member in enumerate(members):
+                if forms[place] == "dicom":
+                    kept.take(archive, place, member, names, policy)
+                else:
+                    kept.left_out[place] = LeftOut("not a DICOM object")
+        if kept.drop_series():
+            _rewrite(target, kept.series)
+        return kept.result(target, facts)
+    places = [place for place, form in enumerate(forms) if form is not None]
+    if len(places) != 1:
+        return None  # the reader says what it misses
+    return _clean_volume(members, forms, places[0], target, facts)
 
-    def __init__(self, facts: Mapping[str, str]) -> None:
-        self.facts = facts
-        self.places: dict[int, str] = {}
+
+class _Kept:
+    """What is known of a zip's DICOM objects while they are gone through."""
+
+    def __init__(self) -> None:
+        self.series: dict[int, str] = {}
         """Place and mapped series UID of the files that are kept."""
         self.patients: dict[int, str] = {}
-        self.left_out: dict[int, str] = {}
+        self.sop_uids: dict[int, str] = {}
+        self.left_out: dict[int, LeftOut] = {}
         self.quarantined: dict[str, str] = {}
         """Mapped series UID and reason."""
 
-    def refuse(self, place: int, refused: Refused) -> None:
-        self.left_out[place] = refused.reason
-        if refused.is_quarantined:
-            self.quarantined.setdefault(refused.series_uid, refused.reason)
+    def take(
+        self,
+        archive: zipfile.ZipFile,
+        place: int,
+        member: Callable[[], BinaryIO],
+        names: Pseudonyms,
+        policy: Policy,
+    ) -> None:
+        """Clean one object into the archive, or say why not."""
+        with member() as file:
+            found = clean_object(read_capped(file, MAX_FILE_BYTES), names, policy)
+        if isinstance(found, Refused):
+            self.left_out[place] = LeftOut(found.reason, found.sop_uid)
+            if found.is_quarantined:
+                self.quarantined.setdefault(found.series_uid, found.reason)
+            return
+        archive.writestr(_entry(place), found.data)
+        self.series[place], self.patients[place] = found.series_uid, found.patient
+        self.sop_uids[place] = found.sop_uid
 
     def drop_series(self) -> list[int]:
         """Leave out whole series of which an image is quarantined: half a series is no scan."""
-        dropped = [place for place, uid in self.places.items() if uid in self.quarantined]
+        dropped = [place for place, uid in self.series.items() if uid in self.quarantined]
         for place in dropped:
-            self.left_out[place] = _ANOTHER
-            del self.places[place]
-            self.patients.pop(place, None)
+            self.left_out[place] = LeftOut(_ANOTHER, self.sop_uids[place])
+            del self.series[place], self.patients[place]
         return dropped
 
-    def result(self, target: Path) -> Deidentified | None:
-        if not self.places:
+    def result(self, target: Path, facts: Mapping[str, str]) -> Deidentified | None:
+        if not self.series:
             if self.quarantined:
                 reasons = sorted(set(self.quarantined.values()))
                 raise ScanError("burned_in_annotation", "; ".join(reasons[:3]))
             return None
         return Deidentified(
             path=target,
-            places=tuple(sorted(self.places)),
+            places=tuple(sorted(self.series)),
             left_out=self.left_out,
-            series_uids=frozenset(filter(None, self.places.values())),
+            series_uids=frozenset(filter(None, self.series.values())),
             patients=frozenset(filter(None, self.patients.values())),
-            facts=self.facts,
+            facts=facts,
         )
 
 
-def _clean_members(
-    members: Sequence[Callable[[], BinaryIO]],
-    target: Path,
-    names: Pseudonyms,
-    policy: Policy,
-    kept: _Kept,
-) -> None:
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for place, member in enumerate(members):
-            with member() as file:
-                start = file.read(_SNIFF_BYTES)
-            if is_zip(start):
-                raise ScanError("archive_unsafe", f"file {place} of the zip is itself a zip")
-            if (form := form_of(start)) in _VOLUMES:
-                assert form is not None
-                try:
-                    _clean_volume(member, archive, place, form, target.with_suffix(".member"))
-                    kept.places[place] = ""
-                except ScanError as error:
-                    if error.code == "too_large":
-                        raise
-                    kept.left_out[place] = error.detail
-            elif looks_like_dicom(start):
-                with member() as file:
-                    found = clean_object(read_capped(file, MAX_FILE_BYTES), names, policy)
-                if isinstance(found, Cleaned):
-                    archive.writestr(_entry(place), found.data)
-                    kept.places[place], kept.patients[place] = found.series_uid, found.patient
-                else:
-                    kept.refuse(place, found)
-            else:
-                kept.left_out[place] = "not a scan"
-    if kept.drop_series():
-        _rewrite(target, kept.places)
-
-
 def _clean_volume(
-    member: Callable[[], BinaryIO], archive: zipfile.ZipFile, place: int, form: Form, draft: Path
-) -> None:
-    """Clean a volume beside the zip first, so that a damaged one leaves nothing in it."""
-    try:
-        with member() as dirty, draft.open("wb") as clean:
-            clean_file(dirty, clean, form)
-        with draft.open("rb") as old, archive.open(_entry(place), "w", force_zip64=True) as new:
-            while chunk := old.read(CHUNK_BYTES):
-                new.write(chunk)
-    finally:
-        draft.unlink(missing_ok=True)
+    members: Sequence[Member],
+    forms: Sequence[Form | None],
+    place: int,
+    target: Path,
+    facts: Mapping[str, str],
+) -> Deidentified:
+    """The only volume of a zip, and the file of its voxels where they lie beside it."""
+    form = forms[place]
+    assert form in ("nifti", "nrrd", "metaimage")
+    beside = detached(members, forms, place)
+    places = sorted({place, beside[1]} if beside else {place})
+    with _new_zip(target) as archive:
+        for one in places:
+            with (
+                members[one]() as dirty,
+                archive.open(_entry(one), "w", force_zip64=True) as clean,
+            ):
+                if one == place:
+                    clean_file(dirty, cast(BinaryIO, clean), form)
+                else:
+                    assert beside is not None
+                    clean_voxels(dirty, cast(BinaryIO, clean), beside[0])
+    others = [other for other in range(len(members)) if other not in places]
+    left_out = {other: LeftOut("not a scan") for other in others}
+    return Deidentified(target, tuple(places), left_out, facts=facts)
 
 
 def _rewrite(path: Path, places: Iterable[int]) -> None:
     """The zip again, with these files alone."""
     draft = path.with_suffix(".draft")
-    with (
-        zipfile.ZipFile(path) as source,
-        zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target,
-    ):
+    with zipfile.ZipFile(path) as source, _new_zip(draft) as target:
         for place in places:
             with (
                 source.open(_entry(place).filename) as old,
@@ -214,6 +250,10 @@ def _rewrite(path: Path, places: Iterable[int]) -> None:
                 while chunk := old.read(CHUNK_BYTES):
                     new.write(chunk)
     draft.replace(path)
+
+
+def _new_zip(path: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
 
 
 def _entry(place: int) -> zipfile.ZipInfo:

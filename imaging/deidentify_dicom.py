@@ -43,15 +43,8 @@ from imaging.deidentify_rules import (
     vr_of,
 )
 from imaging.dicom2d import RADIOGRAPHS
-from imaging.dicom_header import (
-    MULTI_FRAME,
-    SINGLE_FRAME,
-    kind_of,
-    parse,
-    patient_key,
-    quiet,
-    sop_class_of,
-)
+from imaging.dicom_file import kind_of, parse, quiet, sop_class_of
+from imaging.dicom_header import MULTI_FRAME, SINGLE_FRAME, patient_key
 from imaging.errors import ScanError
 from imaging.identity import Policy, Pseudonyms
 
@@ -89,6 +82,8 @@ class Cleaned:
     """Mapped."""
     patient: str
     """The patient's pseudonym, which is its PatientID now; empty where none was known."""
+    sop_uid: str = ""
+    """Mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +93,8 @@ class Refused:
     reason: str
     is_quarantined: bool
     series_uid: str = ""
+    """Mapped."""
+    sop_uid: str = ""
     """Mapped."""
 
 
@@ -116,8 +113,12 @@ def clean_object(data: bytes, names: Pseudonyms, policy: Policy) -> Cleaned | Re
         try:
             dataset = parse(data)
             return _clean_object(dataset, data, names, policy)
-        except (ScanError, MemoryError):
+        except MemoryError:
             raise
+        except ScanError as error:
+            if error.code == "too_large":
+                raise
+            return Refused(error.detail, is_quarantined=False)
         except Exception:  # noqa: BLE001  # pydicom lets a dozen error types out
             return Refused("a damaged DICOM object, or none", is_quarantined=False)
 
@@ -127,13 +128,14 @@ def _clean_object(
 ) -> Cleaned | Refused:
     sop_class = sop_class_of(dataset)
     series_uid = names.uid(_text(dataset, "SeriesInstanceUID"))
-    if not policy.accept_burned_in and (risk := _risk_of(dataset, sop_class)):
-        return Refused(f"quarantined: {risk}", is_quarantined=True, series_uid=series_uid)
-    if sop_class not in SINGLE_FRAME | MULTI_FRAME | RADIOGRAPHS | _CAPTURES:
-        return Refused(f"{kind_of(sop_class)}; images alone are kept", is_quarantined=False)
     meta = dataset.file_meta
     instance = _text(dataset, "SOPInstanceUID") or str(meta.get("MediaStorageSOPInstanceUID") or "")
     instance = names.uid(instance or hashlib.sha256(data).hexdigest())
+    if not policy.accept_burned_in and (risk := _risk_of(dataset, sop_class)):
+        return Refused(f"quarantined: {risk}", True, series_uid, instance)
+    if sop_class not in SINGLE_FRAME | MULTI_FRAME | RADIOGRAPHS | _CAPTURES:
+        reason = f"{kind_of(sop_class)}; images alone are kept"
+        return Refused(reason, False, series_uid, instance)
     key = patient_key(_text(dataset, "PatientID"))
     patient = names.patient(key) if key else ""
     owner = patient or _text(dataset, "StudyInstanceUID")
@@ -147,7 +149,7 @@ def _clean_object(
     dataset.preamble = bytes(128)
     written = BytesIO()
     dataset.save_as(written, enforce_file_format=True)
-    return Cleaned(written.getvalue(), series_uid, patient)
+    return Cleaned(written.getvalue(), series_uid, patient, instance)
 
 
 def deidentify(dataset: Dataset, names: Pseudonyms, *, shift_days: int | None = None) -> None:

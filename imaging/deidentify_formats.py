@@ -19,9 +19,10 @@ from typing import Any, BinaryIO, Literal, cast
 import nibabel as nib
 import numpy as np
 
-from imaging import nifti
+from imaging import metaimage, nifti, nrrd
 from imaging.errors import ScanError
 from imaging.limits import CHUNK_BYTES, MAX_UNPACKED_BYTES
+from imaging.stored import MAX_HEADER_BYTES, StoredHeader
 
 Form = Literal["nifti", "nrrd", "metaimage", "png", "jpeg"]
 
@@ -35,19 +36,20 @@ _NIFTI_FIELDS = (
 _NRRD_FIELDS = {
     "type", "dimension", "sizes", "spacings", "space", "space dimension", "space directions",
     "space origin", "space units", "units", "kinds", "centers", "centerings", "thicknesses",
-    "axis mins", "axis maxs", "axismins", "axismaxs", "endian", "encoding", "byte skip",
-    "byteskip", "line skip", "lineskip", "block size", "blocksize", "min", "max", "old min",
-    "old max", "measurement frame",
+    "axis mins", "axis maxs", "axismins", "axismaxs", "endian", "encoding", "block size",
+    "blocksize", "min", "max", "old min", "old max", "measurement frame",
 }  # fmt: skip
 _META_FIELDS = {
-    "objecttype", "ndims", "binarydata", "binarydatabyteordermsb", "elementbyteordermsb",
+    "ndims", "binarydata", "binarydatabyteordermsb", "elementbyteordermsb",
     "compresseddata", "compresseddatasize", "transformmatrix", "rotation", "orientation",
     "offset", "position", "origin", "centerofrotation", "anatomicalorientation",
-    "elementspacing", "elementsize", "dimsize", "headersize", "headersizeperslice", "modality",
-    "elementmin", "elementmax", "elementnumberofchannels", "elementtype", "elementdatafile",
+    "elementspacing", "elementsize", "dimsize", "modality", "elementmin", "elementmax",
+    "elementnumberofchannels", "elementtype",
 }  # fmt: skip
 _PLAIN = re.compile(r"[-+A-Za-z0-9_.,:;()\" ]{0,400}")
-_MAX_TEXT_HEADER_BYTES = 1 << 16
+VOXELS = "voxels"
+"""What a detached header calls the file of its voxels; readers find it by its size."""
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA"}
 _GZIP = b"\x1f\x8b"
@@ -62,14 +64,13 @@ def form_of(start: bytes) -> Form | None:
             return None
     if nifti.is_nifti(start):
         return "nifti"
-    if start[:4] == b"NRRD":
+    if nrrd.is_nrrd(start):
         return "nrrd"
     if start.startswith(_PNG):
         return "png"
     if start[:3] == b"\xff\xd8\xff":
         return "jpeg"
-    first = start[:200].partition(b"=")[0].strip().lower()
-    return "metaimage" if first in (b"objecttype", b"ndims") else None
+    return "metaimage" if metaimage.is_metaimage(start) else None
 
 
 def clean_file(source: BinaryIO, target: BinaryIO, form: Form) -> None:
@@ -132,6 +133,24 @@ class _Counted:
             parts += chunk
         return bytes(parts)
 
+    def skip(self, size: int) -> None:
+        """Read past as many bytes."""
+        while size > 0 and (chunk := self.read(min(CHUNK_BYTES, size))):
+            size -= len(chunk)
+
+    def copy_zlib_to(self, target: BinaryIO) -> None:
+        """Copy one zlib stream as it is, and nothing that follows it."""
+        unpacker = zlib.decompressobj()
+        try:
+            while not unpacker.eof and (chunk := self.read(CHUNK_BYTES)):
+                waiting = chunk
+                while waiting and not unpacker.eof:
+                    unpacker.decompress(waiting, CHUNK_BYTES)
+                    waiting = unpacker.unconsumed_tail
+                target.write(chunk[: len(chunk) - len(unpacker.unused_data)])
+        except zlib.error as error:
+            raise ScanError("truncated_file", "the zlib stream is damaged") from error
+
     def copy_to(self, target: BinaryIO, size: int | None) -> None:
         """Copy so many bytes, or the rest; fewer if there are no more."""
         while size is None or size > 0:
@@ -159,55 +178,52 @@ def _clean_nifti(source: _Counted, target: BinaryIO) -> None:
 
 
 def _clean_nrrd(source: _Counted, target: BinaryIO) -> None:
-    lines = _header_lines(source, last=lambda line: not line.strip())
-    if not lines[0].startswith("NRRD000"):
-        raise ScanError("not_a_scan", "no NRRD header at the start of the file")
-    kept, encoding = [lines[0].strip()[:8]], ""
+    start = source.exactly(MAX_HEADER_BYTES)
+    found = nrrd.read_header(start)
+    lines = re.split(rb"\r?\n\r?\n", start, maxsplit=1)[0].decode("latin-1").splitlines()
+    kept = [lines[0].strip()[:8]]
     for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        name, value = name.strip().lower(), value.strip()
-        is_field = bool(colon) and not value.startswith("=") and not line.startswith("#")
-        if is_field and name in _NRRD_FIELDS and _PLAIN.fullmatch(value):
-            kept.append(f"{name}: {value}")
-            encoding = value.lower() if name == "encoding" else encoding
+        name, separator, value = line.partition(": ")
+        name = name.strip().lower()
+        is_field = bool(separator) and not line.startswith("#") and name in _NRRD_FIELDS
+        if is_field and _PLAIN.fullmatch(value.strip()):
+            kept.append(f"{name}: {value.strip()}")
+    if found.is_detached:
+        kept.append(f"data file: {VOXELS}")
     target.write(("\n".join(kept) + "\n\n").encode("ascii"))
-    if encoding not in ("gzip", "gz"):
-        source.copy_to(target, None)
-        return
-    with _unpacked(cast(BinaryIO, source), target) as (plain, clean):
-        plain.copy_to(clean, None)
+    if not found.is_detached:
+        clean_voxels(_Counted(cast(BinaryIO, source), start), target, found)
 
 
 def _clean_metaimage(source: _Counted, target: BinaryIO) -> None:
-    def is_last(line: str) -> bool:
-        return line.partition("=")[0].strip().lower() == "elementdatafile"
-
-    kept = []
-    for line in _header_lines(source, last=is_last):
-        name, _, value = (part.strip() for part in line.partition("="))
-        if name.lower() == "elementdatafile" and value.upper() != "LOCAL":
-            raise ScanError("unsupported_format", "a MetaImage header without its voxels")
-        if name.lower() in _META_FIELDS and _PLAIN.fullmatch(value):
-            kept.append(f"{name} = {value}\n")
-    target.write("".join(kept).encode("ascii"))
-    source.copy_to(target, None)
-
-
-def _header_lines(source: _Counted, *, last: Any) -> list[str]:
-    """Lines of a text header up to the last one; voxels follow."""
-    lines, line = [], bytearray()
-    for _ in range(_MAX_TEXT_HEADER_BYTES):
-        byte = source.read(1)
-        if byte not in (b"\n", b""):
-            line += byte
-            continue
-        lines.append(line.decode("latin-1"))
-        if last(lines[-1]):
-            return lines
-        if not byte:
+    start = source.exactly(MAX_HEADER_BYTES)
+    found = metaimage.read_header(start)
+    target.write(b"ObjectType = Image\n")
+    head = start if found.is_detached else start[: found.offset_bytes]
+    for line in head.decode("latin-1").splitlines():
+        name, separator, value = (part.strip() for part in line.partition("="))
+        if separator and name.lower() in _META_FIELDS and _PLAIN.fullmatch(value):
+            target.write(f"{name} = {value}\n".encode("ascii"))
+        if name == "ElementDataFile":
             break
-        line.clear()
-    raise ScanError("truncated_file", "a header that does not end")
+    target.write(f"ElementDataFile = {VOXELS if found.is_detached else 'LOCAL'}\n".encode())
+    if not found.is_detached:
+        clean_voxels(_Counted(cast(BinaryIO, source), start), target, found)
+
+
+def clean_voxels(source: BinaryIO | _Counted, target: BinaryIO, header: StoredHeader) -> None:
+    """Write the voxels of an NRRD or MetaImage header, without what stands before and after."""
+    if header.offset_bytes is None:
+        raise ScanError("unsupported_format", "voxels counted from the end of the file")
+    counted = _Counted(cast(BinaryIO, source))
+    counted.skip(header.offset_bytes)
+    if header.packing == "raw":
+        counted.copy_to(target, header.num_bytes)
+    elif header.packing == "zlib":
+        counted.copy_zlib_to(target)
+    else:
+        with _unpacked(cast(BinaryIO, counted), target) as (plain, clean):
+            plain.copy_to(clean, header.num_bytes)
 
 
 def _clean_png(source: _Counted, target: BinaryIO) -> None:

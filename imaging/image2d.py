@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaging.dicom2d import luminance, read_radiograph
-from imaging.dicom_header import looks_like_dicom
+from imaging.dicom_file import looks_like_dicom
 from imaging.errors import ScanError
 from imaging.limits import MAX_FILE_BYTES, MAX_PIXELS, MAX_PIXELS_SIDE, read_capped
 from imaging.nifti import is_nifti

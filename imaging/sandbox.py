@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,13 @@ class IntakeReport:
     affine_from: str
     dtype: str
     members: list[dict[str, Any]]
-    """Files not used: `{"member": place, "reason": text}`."""
+    """Files not used: `{"member": place, "reason": text, "sop_uid": uid}`."""
+    used: list[dict[str, Any]] = field(default_factory=list)
+    """Files used: `{"member": place, "sop_uid": uid}`."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided or done that a reader of the volume should know."""
+    slices: dict[str, Any] | None = None
+    """Of a resampled series: the way back to its slices (`imaging.slices.slices_of`)."""
     deidentified: dict[str, str] | None = None
     """What was done to the upload (`intake.read_without_identity`); None if it was left alone."""
     original_path: Path | None = None

@@ -362,7 +362,8 @@ def test_a_series_with_one_burned_in_image_goes_as_a_whole(tmp_path) -> None:
     assert found is not None
     assert found.places == (0, 2)
     assert set(found.left_out) == {1, 3, 4}
-    assert "quarantined" in found.left_out[1]
+    assert "quarantined" in found.left_out[1].reason
+    assert found.left_out[1].sop_uid == NAMES.uid("1.2.3.1")
     assert found.series_uids == {NAMES.uid("1.2.4.0")}
     with zipfile.ZipFile(kept) as archive:
         assert archive.namelist() == ["000000", "000002"]

@@ -86,7 +86,7 @@ def test_a_nifti_in_a_zip_loses_its_name(tmp_path) -> None:
     found = deidentify_upload(tmp_path / "a", tmp_path / "b", NAMES, Policy())
 
     assert found is not None
-    assert (found.places, dict(found.left_out)) == ((1,), {0: "not a scan"})
+    assert (found.places, found.left_out[0].reason) == ((1,), "not a scan")
     assert b"CANARY" not in (tmp_path / "b").read_bytes()
     scan = read_scan(tmp_path / "b", kind="image")
     assert scan.volume.shape == (7, 5, 4)
@@ -116,7 +116,7 @@ def test_an_nrrd_loses_comments_and_key_value_pairs() -> None:
     with gzip.GzipFile("CANARY_name", "wb", fileobj=packed) as file:
         file.write(body)
 
-    raw = clean(header % b"raw" + body)
+    raw = clean(header % b"raw" + body + b"CANARY tail")
     gz = clean(header % b"gzip" + packed.getvalue())
 
     assert b"CANARY" not in raw + gz
@@ -134,12 +134,37 @@ def test_a_metaimage_loses_comments() -> None:
         b"DimSize = 7 5 4\nCompressedData = True\nElementType = MET_SHORT\n"
         b"ElementDataFile = LOCAL\n"
     ) + body
+    data += b"CANARY tail"
 
     kept = clean(data)
 
     assert b"CANARY" not in kept
     assert kept.endswith(b"ElementDataFile = LOCAL\n" + body)
     assert b"Offset = 1 2 3\n" in kept
+
+
+def test_voxels_beside_their_header_are_found_and_nothing_before_them_is_kept(tmp_path) -> None:
+    header = (
+        b"Comment = CANARY\nNDims = 3\nDimSize = 7 5 4\nElementType = MET_SHORT\n"
+        b"TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 1 2 3\nElementSpacing = 1 1 2.5\n"
+        b"HeaderSize = 16\nElementDataFile = CANARY_doe.raw\n"
+    )
+    with zipfile.ZipFile(tmp_path / "a", "w") as archive:
+        archive.writestr("letter.txt", "CANARY")
+        archive.writestr("CANARY.mhd", header)
+        archive.writestr("CANARY_doe.raw", b"CANARY 16 bytes.".ljust(16) + voxels().tobytes())
+
+    found = deidentify_upload(tmp_path / "a", tmp_path / "b", NAMES, Policy())
+
+    assert found is not None
+    assert found.places == (1, 2)
+    with zipfile.ZipFile(tmp_path / "b") as archive:
+        assert archive.namelist() == ["000001", "000002"]
+        assert archive.read("000002") == voxels().tobytes()
+        assert b"CANARY" not in archive.read("000001")
+    raw, cleaned = (read_scan(tmp_path / name, kind="image") for name in "ab")
+    assert np.array_equal(raw.volume.voxels, cleaned.volume.voxels)
+    assert np.array_equal(raw.volume.affine, cleaned.volume.affine)
 
 
 def test_a_png_keeps_its_picture_alone() -> None:

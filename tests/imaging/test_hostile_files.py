@@ -26,6 +26,8 @@ from imaging.volume import Volume
 _MIB = 1 << 20
 GIANT = 1200  # MiB
 _PREAMBLE = bytes(128) + b"DICM"
+_OBJECT = _PREAMBLE + b"\x08\0\x05\0CS\0\0" + b"\x09\0\x10\0OB\0\0" + b"\0\0\0\x40"
+"""An element that declares a gigabyte, so that reading goes on."""
 
 
 def deflated_zeros(num_mib: int, start: bytes = b"") -> bytes:
@@ -108,7 +110,10 @@ def members(small_series) -> dict[str, bytes]:
         (b"hello world " * 100, "not_a_scan"),
         (bytes(range(256)) * 64, "not_a_scan"),
         (gzip.compress(b"a tar, perhaps" * 99), "not_a_scan"),
-        (b"NRRD0005\ntype: short\n", "unsupported_format"),
+        (b"NRRD0005\ntype: short\n", "truncated_file"),
+        (b"NRRD0005\ntype: short\n\n", "not_a_scan"),
+        (b"ObjectType = Image\nNDims = 3\n", "truncated_file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(600), "unsupported_format"),
         (b"PK\x05\x06" + bytes(18), "empty_archive"),
         (b"PK\x03\x04" + bytes(500), "truncated_file"),
         (bytes(128) + b"DICM" + b"\xff" * 400, "not_a_scan"),
@@ -128,12 +133,22 @@ def test_what_is_no_scan_is_refused_by_the_child(tmp_path, content, code):
     ("content", "code"),
     [
         (zipped(deflated_zeros(GIANT), declared=GIANT * _MIB), "not_a_scan"),  # never unpacked
-        (zipped(deflated_zeros(GIANT, _PREAMBLE), declared=GIANT * _MIB), "too_large"),
+        (zipped(deflated_zeros(GIANT, _PREAMBLE), declared=GIANT * _MIB), "not_a_scan"),
         (zipped(deflated_zeros(GIANT, _PREAMBLE), declared=100), "truncated_file"),
+        (zipped(deflated_zeros(GIANT, _OBJECT), declared=GIANT * _MIB), "too_large"),
+        (zipped(deflated_zeros(GIANT, _OBJECT), declared=100), "truncated_file"),
         (deflated_dicom(deflated_zeros(GIANT)), "too_large"),
         (gzipped(deflated_zeros(GIANT)), "not_a_scan"),
     ],
-    ids=["zip", "zip-dicom", "zip-forged-size", "deflated-dicom", "gzip"],
+    ids=[
+        "zip",
+        "zip-dicom",
+        "zip-forged-size",
+        "zip-object",
+        "zip-object-forged",
+        "deflated-dicom",
+        "gzip",
+    ],
 )
 def test_bombs_are_stopped_in_bounded_time_and_memory(tmp_path, content, code):
     assert len(content) < 3_000_000
