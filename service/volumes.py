@@ -241,6 +241,9 @@ def _facts(report: IntakeReport) -> dict[str, Any]:
             "dtype": str(report.dtype),
             "series_uid": report.series_uid,
             "members": [_plain(member) for member in report.members],
+            "used": [_plain(member) for member in report.used],
+            "notes": [str(note) for note in report.notes],
+            "slices": report.slices,
         },
     }
 

@@ -29,6 +29,7 @@ SCAN_PROBLEMS = (
     "empty_archive",
     "several_series",
     "no_such_series",
+    "mixed_patients",
     "unsupported_transfer_syntax",
     "unsupported_format",
     "not_three_dimensional",
@@ -44,8 +45,9 @@ SCAN_PROBLEMS = (
 )
 _BODY = {
     "required": True,
-    "description": "The scan's bytes as they are: NIfTI (.nii, .nii.gz), a zip of DICOM files, or "
-    "one multi-frame DICOM file. The content decides, not the media type.",
+    "description": "The scan's bytes as they are: NIfTI (.nii, .nii.gz), NRRD, MetaImage (.mha), a "
+    "zip of DICOM files or of a header and its voxels (.mhd and .raw, .nhdr and .raw), or one "
+    "multi-frame DICOM file. The content decides, not the media type.",
     "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES},
 }
 
