@@ -11,6 +11,7 @@ Axes: A B C as stored in the file, I J K after `canonical` (RAS+). Affines map v
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.quaternions import quat2mat
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
@@ -147,8 +149,13 @@ def _set_qform(header: Any, affine: Affine) -> None:
     by 2e-4, a tenth of a millimetre at the far corner of a scan. Then the sform stands alone.
     """
     header.set_qform(affine, code="scanner")
-    a, b, c = (int(size) for size in header.get_data_shape())
-    if corner_distance_mm(header.get_qform(), affine, (a, b, c)) > _QFORM_ERROR_MM:
+    b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
+    turn = quat2mat([math.sqrt(max(0.0, 1.0 - (b * b + c * c + d * d))), b, c, d])
+    found = affine.copy()
+    found[:3, :3] = turn * header["pixdim"][1:4]
+    found[:3, 2] *= float(header["pixdim"][0])
+    i, j, k = (int(size) for size in header.get_data_shape())
+    if corner_distance_mm(found, affine, (i, j, k)) > _QFORM_ERROR_MM:
         header["qform_code"] = 0
 
 

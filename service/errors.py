@@ -62,6 +62,7 @@ _SCANS = {
     "empty_archive": Kind(422, "The archive has no scan in it"),
     "several_series": Kind(422, "The archive has several series; one must be chosen"),
     "no_such_series": Kind(422, "The archive does not have the series that was asked for"),
+    "mixed_patients": Kind(422, "One series holds images of several patients"),
     "unsupported_transfer_syntax": Kind(422, "The DICOM transfer syntax is not supported"),
     "unsupported_format": Kind(422, "The file format is not supported"),
     "not_three_dimensional": Kind(422, "The scan is not a three-dimensional volume"),

@@ -133,6 +133,7 @@ class SkippedMember(Answer):
 
     member: int
     reason: str
+    sop_uid: str = Field("", description="SOP instance UID; empty where there is none.")
 
 
 class Volume(Answer):
@@ -156,6 +157,8 @@ class Volume(Answer):
                     "sha256": _SHA,
                     "size_bytes": 1234567,
                     "skipped": [],
+                    "num_used": 60,
+                    "notes": [],
                     "created_at": _TIME,
                 }
             ]
@@ -176,6 +179,12 @@ class Volume(Answer):
     size_bytes: int
     skipped: tuple[SkippedMember, ...] = Field(
         (), description="Archive members that were not read, by index."
+    )
+    num_used: int = Field(0, description="Members that the volume is made of: all the others.")
+    notes: tuple[str, ...] = Field(
+        (),
+        description="What was decided or done: which of two affines was used, that a tilted series "
+        "was resampled.",
     )
     created_at: datetime
 

@@ -266,6 +266,9 @@ def _facts(report: IntakeReport) -> dict[str, Any]:
             "series_uid": report.series_uid,
             "members": [_plain(member) for member in report.members],
             "deidentified": report.deidentified,
+            "used": [_plain(member) for member in report.used],
+            "notes": [str(note) for note in report.notes],
+            "slices": report.slices,
         },
     }
 

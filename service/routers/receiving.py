@@ -33,6 +33,7 @@ SCAN_PROBLEMS = (
     "empty_archive",
     "several_series",
     "no_such_series",
+    "mixed_patients",
     "unsupported_transfer_syntax",
     "unsupported_format",
     "not_three_dimensional",

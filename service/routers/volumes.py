@@ -20,8 +20,9 @@ from service.storage import Store
 
 _BODY = {
     "required": True,
-    "description": "The scan's bytes as they are: NIfTI (.nii, .nii.gz), a zip of DICOM files, or "
-    "one multi-frame DICOM file. The content decides, not the media type.",
+    "description": "The scan's bytes as they are: NIfTI (.nii, .nii.gz), NRRD, MetaImage (.mha), a "
+    "zip of DICOM files or of a header and its voxels (.mhd and .raw, .nhdr and .raw), or one "
+    "multi-frame DICOM file. The content decides, not the media type.",
     "content": {
         name: {"schema": {"type": "string", "format": "binary"}} for name in receiving.MEDIA_TYPES
     },

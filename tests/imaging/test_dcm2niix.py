@@ -130,27 +130,19 @@ def reference(data, name) -> list[dict]:
     return json.loads((data / "dicom_series" / f"{name}.expected.json").read_text())["outputs"]
 
 
-def test_the_slices_of_a_tilted_series_lie_where_dcm2niix_puts_the_first_and_the_last(data):
+def test_the_slices_of_a_tilted_series_hold_what_dcm2niix_stacks(data):
+    """Its stack has the right values and says itself that the place is not a NIfTI's."""
     stacked, _ = reference(data, "ge_head_tilt_variable_spacing")
 
     scan = read_scan(data / "dicom_series/ge_head_tilt_variable_spacing.zip", kind="image")
 
-    theirs = np.asarray(stacked["affine_ras"])
-    columns, rows, num_slices = scan.slices.shape
-    first = scan.slices.affine_of(0)
-    assert [columns, rows, num_slices] == stacked["shape"]
-    for column in (0, columns - 1):
-        for row in (0, rows - 1):  # dcm2niix counts rows upwards
-            ours = (first @ [column, row, 0, 1])[:3]
-            expected = (theirs @ [column, rows - 1 - row, 0, 1])[:3]
-            assert np.abs(ours - expected).max() < 1e-3
-    # It stacks by the first gap: right for the fourteen slices before the gap changes.
-    for s in range(14):
-        ours = scan.slices.positions_mm[s]
-        assert np.abs(ours - (theirs @ [0, rows - 1, s, 1])[:3]).max() < 2e-3
-    last = (theirs @ [0, rows - 1, num_slices - 1, 1])[:3]
-    assert np.linalg.norm(scan.slices.positions_mm[-1] - last) > 20, "its stack is too short"
-    assert (scan.volume.voxels.min(), scan.volume.voxels.max()) <= (stacked["min"], stacked["max"])
+    assert list(scan.slices.shape) == stacked["shape"]
+    assert scan.volume.voxels.min() == stacked["min"]
+    assert 0.9 * stacked["max"] < scan.volume.voxels.max() <= stacked["max"]
+    axis = scan.slices.positions_mm[-1] - scan.slices.positions_mm[0]
+    normal = scan.slices.affine_of(0)[:3, 2]
+    tilt = np.degrees(np.arccos(abs(axis @ normal) / np.linalg.norm(axis)))
+    assert tilt == pytest.approx(18.5, abs=0.1), "of dcm2niix's log"
 
 
 def half_a_voxel(volume):

@@ -278,6 +278,6 @@ def test_a_stream_that_unpacks_to_more_than_declared_costs_nothing(tmp_path, ima
     sitk.WriteImage(image, tmp_path / "a.nrrd", useCompression=True)
     content = (tmp_path / "a.nrrd").read_bytes()
     head = content[: content.index(b"\n\n") + 2]
-    (tmp_path / "a.nrrd").write_bytes(head + gzip.compress(VOXELS.tobytes() + bytes(50 << 20)))
+    (tmp_path / "a.nrrd").write_bytes(head + gzip.compress(VOXELS.T.tobytes() + bytes(50 << 20)))
 
     check(read_scan(tmp_path / "a.nrrd", kind="image"), image, "nrrd")

@@ -80,7 +80,14 @@ def test_a_series_is_chosen_by_its_uid(api, scans):
 
     assert (refused.status_code, refused.json()["code"]) == (422, "several_series")
     assert len(series) == 2
+    assert {"modality", "num_images", "columns", "rows"} <= series[0].keys()
     assert chosen.status_code == 201
+    body = chosen.json()
+    assert body["num_used"] == series[0]["num_images"]
+    assert len(body["skipped"]) == series[1]["num_files"]
+    assert {one["reason"] for one in body["skipped"]} == {"part of another series"}
+    assert all(one["sop_uid"] for one in body["skipped"])
+    assert body["notes"] == []
 
 
 def _nifti(voxels: np.ndarray) -> bytes:
