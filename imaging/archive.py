@@ -18,7 +18,8 @@ from typing import BinaryIO, cast
 from imaging.errors import ScanError
 from imaging.limits import MAX_MEMBERS, MAX_UNPACKED_BYTES
 
-_MAX_DIRECTORY_BYTES = 16 << 20
+_MAX_DIRECTORY_BYTES = 8 << 20
+_LOCAL_HEADER_BYTES = 30
 _END = b"PK\x05\x06"
 _END_64 = b"PK\x06\x06"
 _READS_PER_FILE = 3  # to sniff, for the header, for the pixels
@@ -47,6 +48,7 @@ def open_members(path: Path) -> Iterator[list[Member]]:
         if len(entries) > MAX_MEMBERS:
             raise ScanError("too_large", f"{len(entries)} files; at most {MAX_MEMBERS} are read")
         _check_entries(entries)
+        _check_sizes(archive)
         budget = _Budget(_READS_PER_FILE * MAX_UNPACKED_BYTES)
         yield [Member(archive, entry, budget) for entry in entries]
 
@@ -78,6 +80,24 @@ def _check_entries(entries: list[zipfile.ZipInfo]) -> None:
                 "unsupported_format", f"file {place} of the zip is neither stored nor deflated"
             )
         names.add(entry.filename)
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """Refuse what announces too much, and members that share bytes (Fifield's bomb, CVE-2024-0450).
+
+    Bytes that several members share would be unpacked once for each: 10 MB become 281 TB.
+    """
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    declared = sum(entry.file_size for entry in entries)
+    if declared > MAX_UNPACKED_BYTES:
+        raise ScanError(
+            "too_large", f"the zip declares {declared} bytes; at most {MAX_UNPACKED_BYTES} are read"
+        )
+    ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
+    for entry, end in zip(entries, ends, strict=False):
+        start = entry.header_offset + _LOCAL_HEADER_BYTES + len(entry.orig_filename)
+        if start + entry.compress_size > end:
+            raise ScanError("archive_unsafe", "files of the zip overlap, or lie outside of it")
 
 
 def _fault_of(entry: zipfile.ZipInfo, names: set[str]) -> str | None:

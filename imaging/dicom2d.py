@@ -36,7 +36,7 @@ from imaging.dicom_header import (
     sop_class_of,
 )
 from imaging.errors import ScanError
-from imaging.limits import MAX_PIXELS
+from imaging.limits import MAX_PIXELS, MAX_PIXELS_SIDE
 from imaging.volume import Array
 
 RADIOGRAPHS = {
@@ -128,7 +128,7 @@ def _judge(header: Dataset) -> tuple[int, ...]:
     rows, columns = int(header.Rows), int(header.Columns)
     if rows < 1 or columns < 1:
         raise ScanError("not_a_scan", "an image without pixels")
-    if rows * columns > MAX_PIXELS:
+    if max(rows, columns) > MAX_PIXELS_SIDE or rows * columns > MAX_PIXELS:
         raise ScanError("too_large", f"{columns} x {rows} pixels; at most {MAX_PIXELS} are read")
     check_transfer_syntax(header)
     photometric = str(header.get("PhotometricInterpretation", ""))

@@ -31,7 +31,7 @@ from pydicom.uid import (
 )
 
 from imaging.errors import ScanError
-from imaging.limits import MAX_INFLATED_BYTES
+from imaging.limits import MAX_INFLATED_BYTES, Metered
 
 _PIXELS = Tag(0x7FE00008)
 """Float, double and plain pixel data stand from here on."""
@@ -75,11 +75,11 @@ def parse(data: bytes, **options: Any) -> Dataset:
     _refuse_commands(data)
     inflated = _inflate(data)
     if inflated is not None:
-        dataset = pydicom.dcmread(BytesIO(inflated), force=True, **options)
+        dataset = pydicom.dcmread(Metered(inflated), force=True, **options)
         dataset.file_meta = FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         return dataset
-    dataset = pydicom.dcmread(BytesIO(data), force=True, **options)
+    dataset = pydicom.dcmread(Metered(data), force=True, **options)
     _complete_meta(dataset)
     return dataset
 
@@ -106,7 +106,7 @@ def parse_until_pixels(data: bytes, tags: list[str]) -> tuple[Dataset, int]:
     if is_deflated(data):
         return parse(data, specific_tags=tags, stop_before_pixels=True), len(data)
     _refuse_commands(data)
-    file = BytesIO(data)
+    file = Metered(data)
     num_elements = count()
 
     def is_end(tag: BaseTag, _vr: str | None, _length: int) -> bool:

@@ -50,7 +50,7 @@ from imaging.dicom_file import (
     sop_uid_of,
 )
 from imaging.errors import ScanError
-from imaging.limits import MAX_VOXELS
+from imaging.limits import MAX_SIDE, MAX_VOXELS
 from imaging.volume import Array
 
 __all__ = [  # with what others took from here before `dicom_file` was split off
@@ -239,7 +239,7 @@ def _judge(dataset: Dataset, member: int, native: Native | None) -> Header:
     num_frames = int(dataset.get("NumberOfFrames") or 1)
     if rows < 1 or columns < 1 or num_frames < 1:
         raise ScanError("not_a_scan", "an image without pixels")
-    if rows * columns * num_frames > MAX_VOXELS:
+    if max(rows, columns, num_frames) > MAX_SIDE or rows * columns * num_frames > MAX_VOXELS:
         raise ScanError("too_large", f"{columns} x {rows} x {num_frames} pixels in one file")
     if sop_class in SINGLE_FRAME and num_frames != 1:
         raise ScanError("unsupported_format", f"{num_frames} frames in a single-frame object")

@@ -10,11 +10,8 @@ Axes: volumes are (I, J, K) in RAS+; `Scan.source` keeps the grid of the files.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import json
-import resource
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,9 +22,12 @@ import numpy as np
 
 from imaging import dicom, nifti, volume_files
 from imaging.archive import is_zip, open_members
+from imaging.confine import confine
+from imaging.deidentify import deidentify_upload
 from imaging.dicom_file import quiet
 from imaging.dicom_voxels import Source
 from imaging.errors import ScanError
+from imaging.identity import Policy, Pseudonyms
 from imaging.limits import MAX_MEMBERS
 from imaging.slices import Slices
 from imaging.volume import Array, Grid, Volume
@@ -234,13 +234,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu-s", type=int, help="limit of processor time")
     parser.add_argument("--file-bytes", type=int, help="limit of each written file")
     parser.add_argument("--open-files", type=int, help="limit of open files")
+    parser.add_argument("--confine", type=int, metavar="PID", help="child of PID: see confine.py")
+    parser.add_argument(
+        "--deidentify", action="store_true", help="the key and the policy are on standard input"
+    )
     options = parser.parse_args(arguments)
-    _confine(options)
+    if options.confine is not None:
+        confine(
+            memory_bytes=options.memory_bytes,
+            cpu_s=options.cpu_s,
+            file_bytes=options.file_bytes,
+            open_files=options.open_files,
+            parent_pid=options.confine,
+            readable=[options.path],
+            writable=options.out,
+        )
     try:
         with quiet():
-            scan = read_scan(options.path, kind=options.kind, series_uid=options.series)
+            scan, answer = _scan_and_report(options)
         nifti.write(options.out / "volume.nii", scan.volume.voxels, scan.volume.affine)
-        answer, status = report_of(scan), 0
+        status = 0
     except ScanError as error:
         answer, status = _problem(error), EXIT_BAD_SCAN
     except MemoryError:
@@ -253,25 +266,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def _scan_and_report(options: argparse.Namespace) -> tuple[Scan, dict[str, Any]]:
+    if not options.deidentify:
+        scan = read_scan(options.path, kind=options.kind, series_uid=options.series)
+        return scan, report_of(scan)
+    wish = json.load(sys.stdin)
+    return read_without_identity(
+        options.path,
+        options.out,
+        kind=options.kind,
+        series_uid=options.series,
+        names=Pseudonyms(bytes.fromhex(wish["key"])),
+        policy=Policy(**wish["policy"]),
+    )
+
+
+def read_without_identity(
+    path: Path,
+    out_dir: Path,
+    *,
+    kind: Kind,
+    series_uid: str | None,
+    names: Pseudonyms,
+    policy: Policy,
+) -> tuple[Scan, dict[str, Any]]:
+    """Write `out_dir/original`, the upload without identities, and read the scan from it.
+
+    Args:
+        path: What was sent in.
+        out_dir: Existing folder.
+        kind: As of `read_scan`.
+        series_uid: As it was sent, or as it is mapped.
+        names: Gives pseudonyms.
+        policy: What the site wants.
+
+    Returns:
+        The scan, and its report; `deidentified` says what was done, the patient's pseudonym and
+        the mapped `series_uid` that was asked for.
+
+    Raises:
+        ScanError: As `read_scan`; `burned_in_annotation`; `unsupported_format` for what can be
+            read and not be cleaned.
+    """
+    cleaned = deidentify_upload(path, out_dir / "original", names, policy)
+    if cleaned is None:
+        read_scan(path, kind=kind, series_uid=series_uid)  # says what is wrong with it
+        raise ScanError("unsupported_format", "a scan of a kind that cannot be de-identified")
+    if series_uid is not None:
+        series_uid = cleaned.series_named(series_uid, names)
+    try:
+        scan = read_scan(cleaned.path, kind=kind, series_uid=series_uid)
+    except ScanError as error:
+        files = cleaned.explained(error.extra.pop("files", []))  # type: ignore[arg-type]
+        error.extra = cleaned.as_sent(error.extra) | ({"files": files} if files else {})
+        raise
+    report = report_of(scan)
+    report["members"] = cleaned.explained(report["members"])
+    report["used"], report["slices"] = cleaned.as_sent([report["used"], report["slices"]])
+    report["deidentified"] = {
+        **cleaned.facts,
+        "subject": cleaned.patient_of(scan.patient_key),
+        "series_uid": series_uid or "",
+    }
+    return scan, report
+
+
 def _problem(error: ScanError) -> dict[str, Any]:
     return {"error": {"code": error.code, "detail": error.detail, "extra": error.extra}}
-
-
-def _confine(options: argparse.Namespace) -> None:
-    """Take away what reading a scan does not need; die with the parent (Linux)."""
-    for limit, value in (
-        (resource.RLIMIT_AS, options.memory_bytes),
-        (resource.RLIMIT_CPU, options.cpu_s),
-        (resource.RLIMIT_FSIZE, options.file_bytes),
-        (resource.RLIMIT_NOFILE, options.open_files),
-    ):
-        if value is not None:
-            resource.setrlimit(limit, (value, value))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Absolute and not ratios: an honest all-zero mask compresses a thousandfold, like
 
 from __future__ import annotations
 
+import io
 from typing import BinaryIO
 
 from imaging.errors import ScanError
@@ -13,14 +14,24 @@ from imaging.errors import ScanError
 MAX_VOXELS = 512 * 512 * 2048
 """Voxels of one volume: 1 GiB in int16."""
 
+MAX_SIDE = 8192
+"""Voxels along one axis of a volume; slices are handled one by one, so their number costs time."""
+
 MAX_PIXELS = 1 << 26
 """Pixels of one 2D image: four times a large mammogram; stitched long-leg radiographs have 3e7."""
+
+MAX_PIXELS_SIDE = 1 << 15
+"""Pixels along one side of a 2D image."""
 
 MAX_FILE_BYTES = 640 << 20
 """Unpacked size of one DICOM file: 1000 frames of 512 x 512 take 500 MiB."""
 
 MAX_INFLATED_BYTES = 256 << 20
 """Data set of one DICOM file in the deflated transfer syntax, which inflates slowly."""
+
+MAX_READS = 2_000_000
+"""Pieces that a DICOM parser may ask for in one file: two an element, so an enhanced object of
+5,000 frames passes; a file of millions of empty elements, a few MiB packed, takes minutes."""
 
 MAX_UNPACKED_BYTES = 4 << 30
 """Unpacked size of all members of a zip together."""
@@ -49,3 +60,22 @@ def read_capped(file: BinaryIO, cap_bytes: int, *, start: bytes = b"") -> bytes:
         if num_bytes > cap_bytes:
             raise ScanError("too_large", f"a file unpacks to more than {cap_bytes} bytes")
     return b"".join(chunks)
+
+
+class Metered(io.BytesIO):
+    """Bytes in memory for a parser, with a cap on how often it may read."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As `io.BytesIO.read`.
+
+        Raises:
+            ScanError: `too_large` after `MAX_READS` calls.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise ScanError("too_large", f"more than {MAX_READS // 2} elements in one DICOM file")
+        return super().read(size)

@@ -26,7 +26,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from imaging.checks import check_affine, shear_of
 from imaging.errors import ScanError
-from imaging.limits import MAX_VOXELS
+from imaging.limits import MAX_SIDE, MAX_VOXELS
 from imaging.stored import MAX_OFFSET_BYTES, drain, read_voxels, skip, unpacked
 from imaging.volume import Affine, Array, Grid, Shape, Volume, canonical, corner_distance_mm
 
@@ -240,6 +240,8 @@ def _shape_of(header: Any) -> Shape:
             "not_three_dimensional", f"shape is {sizes}; expected one volume of three dimensions"
         )
     a, b, c = sizes[:3]
+    if max(a, b, c) > MAX_SIDE:
+        raise ScanError("too_large", f"{a} x {b} x {c} voxels; at most {MAX_SIDE} along an axis")
     if a * b * c > MAX_VOXELS:
         raise ScanError("too_large", f"{a} x {b} x {c} voxels; at most {MAX_VOXELS} are read")
     return a, b, c

@@ -95,6 +95,18 @@ def read(files: Sequence[Source], forms: Sequence[Form | None], place: int) -> F
     )
 
 
+def detached(
+    files: Sequence[Source], forms: Sequence[Form | None], place: int
+) -> tuple[StoredHeader, int] | None:
+    """The header at `place` and where its voxels are, if they are in another file."""
+    form = forms[place]
+    if form not in ("nrrd", "metaimage"):
+        return None
+    with _opened(files[place]) as stream:
+        stored = _HEADERS[form](_start(stream))
+    return (stored, _detached(files, forms, stored)) if stored.is_detached else None
+
+
 def _voxels(file: Source, header: StoredHeader) -> Array:
     if header.offset_bytes is not None:
         with _opened(file) as stream:
