@@ -7,6 +7,7 @@ Sizes in the archive are not trusted; unpacked bytes are counted while they are 
 
 from __future__ import annotations
 
+import errno
 import stat
 import zipfile
 import zlib
@@ -42,6 +43,10 @@ def open_members(path: Path) -> Iterator[list[Callable[[], BinaryIO]]]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
+        raise ScanError("truncated_file", "the zip has no readable directory") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a directory that would begin before the file
+            raise
         raise ScanError("truncated_file", "the zip has no readable directory") from error
     with archive:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -131,7 +136,8 @@ class _Budget:
 class _Member:
     """A file of the archive, open for reading forward; damage becomes a `ScanError`."""
 
-    def __init__(self, file: BinaryIO, budget: _Budget) -> None:
+    def __init__(self, file: BinaryIO, declared_bytes: int, budget: _Budget) -> None:
+        self.declared_bytes = declared_bytes
         self._file = file
         self._budget = budget
 
@@ -158,6 +164,6 @@ def _opener(
             file = archive.open(entry)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
             raise ScanError("truncated_file", "a file of the zip cannot be opened") from error
-        return cast(BinaryIO, _Member(cast(BinaryIO, file), budget))
+        return cast(BinaryIO, _Member(cast(BinaryIO, file), entry.file_size, budget))
 
     return open_member

@@ -19,7 +19,7 @@ from imaging.checks import check_affine, narrowed
 from imaging.dicom_header import Header, looks_like_dicom, read_header, read_pixels
 from imaging.dicom_stack import Plane, arrange, stacks
 from imaging.errors import ScanError
-from imaging.limits import MAX_FILE_BYTES, MAX_VOXELS, read_capped
+from imaging.limits import MAX_FILE_BYTES, MAX_VOXELS, read_capped, shared_reads
 from imaging.volume import Array, Grid, Volume, canonical
 
 Source = Path | Callable[[], BinaryIO]
@@ -63,7 +63,8 @@ def read_series(files: Sequence[Source], *, series_uid: str | None = None) -> Se
             `duplicate_slices`, `gantry_tilt`, `missing_slices`, `uneven_spacing`, `bad_geometry`,
             `unsupported_transfer_syntax`, `unsupported_format`, `truncated_file`, `too_large`.
     """
-    headers, unused = _headers(files)
+    with shared_reads(len(files)):
+        headers, unused = _headers(files)
     chosen = _choose(headers, series_uid)
     others = [header for header in headers if header.series_uid != chosen[0].series_uid]
     unused += [Unused(header.member, "part of another series") for header in others]

@@ -23,6 +23,7 @@ import numpy as np
 import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import (
@@ -47,6 +48,7 @@ from pydicom.uid import (
     PositronEmissionTomographyImageStorage,
 )
 
+from imaging.code_stream import check_frames
 from imaging.errors import ScanError
 from imaging.limits import MAX_INFLATED_BYTES, MAX_SIDE, MAX_VOXELS, Metered
 from imaging.volume import Array
@@ -176,6 +178,9 @@ def decode(
         try:
             dataset = parse(data)
             _check_length(dataset, math.prod(shape) * num_frames, name)
+            if UID(str(dataset.file_meta.TransferSyntaxUID)).is_encapsulated:
+                frames = generate_frames(dataset.PixelData, number_of_frames=num_frames)
+                check_frames(frames, shape[0], shape[1])
             plugin = _DECODERS.get(UID(str(dataset.file_meta.TransferSyntaxUID)), "")
             for pixels in iter_pixels(dataset, indices=list(indices), decoding_plugin=plugin):
                 yield pixels.reshape(shape)
