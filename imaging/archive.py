@@ -7,6 +7,7 @@ Sizes in the archive are not trusted; unpacked bytes are counted while they are 
 
 from __future__ import annotations
 
+import errno
 import stat
 import zipfile
 import zlib
@@ -42,6 +43,10 @@ def open_members(path: Path) -> Iterator[list[Member]]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
+        raise ScanError("truncated_file", "the zip has no readable directory") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a directory that would begin before the file
+            raise
         raise ScanError("truncated_file", "the zip has no readable directory") from error
     with archive:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -128,10 +133,11 @@ class _Budget:
             raise ScanError("too_large", f"the zip unpacks to more than {MAX_UNPACKED_BYTES} bytes")
 
 
-class _OpenMember:
+class _Member:
     """A file of the archive, open for reading forward; damage becomes a `ScanError`."""
 
-    def __init__(self, file: BinaryIO, budget: _Budget) -> None:
+    def __init__(self, file: BinaryIO, declared_bytes: int, budget: _Budget) -> None:
+        self.declared_bytes = declared_bytes
         self._file = file
         self._budget = budget
 
@@ -143,7 +149,7 @@ class _OpenMember:
         self._budget.spend(len(data))
         return data
 
-    def __enter__(self) -> _OpenMember:
+    def __enter__(self) -> _Member:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -175,4 +181,5 @@ class Member:
             file = self._archive.open(self._entry)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
             raise ScanError("truncated_file", "a file of the zip cannot be opened") from error
-        return cast(BinaryIO, _OpenMember(cast(BinaryIO, file), self._budget))
+        opened = _Member(cast(BinaryIO, file), self.declared_bytes, self._budget)
+        return cast(BinaryIO, opened)

@@ -22,7 +22,7 @@ from imaging.dicom_header import Header, read_header_start
 from imaging.dicom_stack import Arranged, Plane, arrange, stacks
 from imaging.dicom_voxels import Source, read_voxels, stored_frames
 from imaging.errors import ScanError
-from imaging.limits import MAX_FILE_BYTES, read_capped
+from imaging.limits import MAX_FILE_BYTES, read_capped, shared_reads
 from imaging.slices import Slices, regular_grid, to_grid
 from imaging.volume import Array, Grid, Volume, canonical_affine, empty_canonical, on_source_grid
 
@@ -92,7 +92,8 @@ def read_series(
     headers: list[Header] = []
     unused: list[Unused] = []
     try:
-        _read_headers(files, headers, unused)
+        with shared_reads(len(files)):
+            _read_headers(files, headers, unused)
         return _read(files, headers, unused, series_uid, may_resample)
     except ScanError as error:
         if unused:

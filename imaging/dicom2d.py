@@ -88,6 +88,8 @@ def read_radiograph(data: bytes) -> Radiograph:
             shape = _judge(header)
             (stored,) = decode(data, shape, 1, [0], "pixel data")
             pixels, notes = _shown(stored, header)
+            modality = str(header.get("Modality", ""))[:16]
+            key = patient_key(str(header.get("PatientID") or ""))
         except (ScanError, MemoryError):
             raise
         except Exception as error:  # pydicom lets a dozen error types out
@@ -96,8 +98,8 @@ def read_radiograph(data: bytes) -> Radiograph:
         raise ScanError("non_finite_voxels", "pixel values are not finite after the rescaling")
     return Radiograph(
         pixels=pixels,
-        modality=str(header.get("Modality", ""))[:16],
-        patient_key=patient_key(str(header.get("PatientID") or "")),
+        modality=modality,
+        patient_key=key,
         notes=tuple(notes),
     )
 

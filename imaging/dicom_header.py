@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import (
@@ -38,6 +39,7 @@ from pydicom.uid import (
     PositronEmissionTomographyImageStorage,
 )
 
+from imaging.code_stream import check_frames
 from imaging.dicom_file import (
     clean_uid,
     is_deflated,
@@ -199,6 +201,9 @@ def decode(
         try:
             dataset = parse(data)
             _check_length(dataset, math.prod(shape) * num_frames, name)
+            if UID(str(dataset.file_meta.TransferSyntaxUID)).is_encapsulated:
+                frames = generate_frames(dataset.PixelData, number_of_frames=num_frames)
+                check_frames(frames, shape[0], shape[1])
             plugin = _DECODERS.get(UID(str(dataset.file_meta.TransferSyntaxUID)), "")
             for pixels in iter_pixels(dataset, indices=list(indices), decoding_plugin=plugin):
                 yield pixels.reshape(shape)

@@ -7,6 +7,9 @@ Absolute and not ratios: an honest all-zero mask compresses a thousandfold, like
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import BinaryIO
 
 from imaging.errors import ScanError
@@ -29,9 +32,12 @@ MAX_FILE_BYTES = 640 << 20
 MAX_INFLATED_BYTES = 256 << 20
 """Data set of one DICOM file in the deflated transfer syntax, which inflates slowly."""
 
-MAX_READS = 2_000_000
+MAX_READS = 1_500_000
 """Pieces that a DICOM parser may ask for in one file: two an element, so an enhanced object of
-5,000 frames passes; a file of millions of empty elements, a few MiB packed, takes minutes."""
+5,000 frames of 150 elements passes; millions of empty elements, a few MiB packed, take minutes."""
+
+READS_PER_FILE = 2_000
+"""What each file of a series adds to `MAX_READS` for the whole of it: a slice takes some 300."""
 
 MAX_UNPACKED_BYTES = 4 << 30
 """Unpacked size of all members of a zip together."""
@@ -53,6 +59,8 @@ def read_capped(file: BinaryIO, cap_bytes: int, *, start: bytes = b"") -> bytes:
     Raises:
         ScanError: `too_large` when more than `cap_bytes` come out.
     """
+    if getattr(file, "declared_bytes", 0) > cap_bytes:
+        raise ScanError("too_large", f"a file declares more than {cap_bytes} bytes")
     chunks, num_bytes = [start], len(start)
     while chunk := file.read(CHUNK_BYTES):
         chunks.append(chunk)
@@ -63,19 +71,46 @@ def read_capped(file: BinaryIO, cap_bytes: int, *, start: bytes = b"") -> bytes:
 
 
 class Metered(io.BytesIO):
-    """Bytes in memory for a parser, with a cap on how often it may read."""
+    """Bytes in memory for a parser, with caps on how often it may read."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
-        self._left = MAX_READS
+        self._own = ReadBudget(MAX_READS)
+        self._shared = _shared_budget.get()
 
     def read(self, size: int | None = -1, /) -> bytes:
         """As `io.BytesIO.read`.
 
         Raises:
-            ScanError: `too_large` after `MAX_READS` calls.
+            ScanError: `too_large` after `MAX_READS` calls, or when a shared budget is spent.
         """
+        self._own.spend()
+        if self._shared is not None:
+            self._shared.spend()
+        return super().read(size)
+
+
+class ReadBudget:
+    """How often parsers may still read."""
+
+    def __init__(self, num_reads: int) -> None:
+        self._left = num_reads
+
+    def spend(self) -> None:
+        """Take one; `too_large` when there is none."""
         self._left -= 1
         if self._left < 0:
-            raise ScanError("too_large", f"more than {MAX_READS // 2} elements in one DICOM file")
-        return super().read(size)
+            raise ScanError("too_large", "more elements in the DICOM headers than are read")
+
+
+_shared_budget: ContextVar[ReadBudget | None] = ContextVar("shared_budget", default=None)
+
+
+@contextmanager
+def shared_reads(num_files: int) -> Iterator[None]:
+    """Have the parsers of so many files share one budget, so that many bad files cost as one."""
+    token = _shared_budget.set(ReadBudget(MAX_READS + READS_PER_FILE * num_files))
+    try:
+        yield
+    finally:
+        _shared_budget.reset(token)

@@ -19,7 +19,7 @@ import numpy as np
 
 from imaging.checks import narrowed
 from imaging.errors import ScanError
-from imaging.limits import MAX_VOXELS
+from imaging.limits import MAX_SIDE, MAX_VOXELS
 from imaging.volume import Affine, Array, Shape
 
 Packing = Literal["raw", "gzip", "zlib"]
@@ -158,6 +158,8 @@ def check_shape(sizes: list[int]) -> Shape:
     a, b, c = sizes
     if a * b * c > MAX_VOXELS:
         raise ScanError("too_large", f"{a} x {b} x {c} voxels; at most {MAX_VOXELS} are read")
+    if max(a, b, c) > MAX_SIDE:
+        raise ScanError("too_large", f"{a} x {b} x {c} voxels; at most {MAX_SIDE} along an axis")
     return a, b, c
 
 

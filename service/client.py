@@ -46,6 +46,7 @@ class Client:
     def __init__(self, base_url: str, token: str, *, timeout_s: float = 60.0) -> None:
         url = httpx.URL(base_url)
         self._timeout_s = timeout_s
+        self._reading_timeout = httpx.Timeout(timeout_s, read=None)  # reading a scan takes a while
         self._http = httpx.Client(
             base_url=url.copy_with(path=url.path.rstrip("/") + "/api/v1/"),
             headers={"Authorization": f"Bearer {token}"},
@@ -97,25 +98,48 @@ class Client:
             series_uid: Which series of an archive with several.
             on_progress: Told the number of bytes that have arrived so far.
         """
-        wanted = described(kind=kind, subject=subject, series_uid=series_uid)
-        timeout = httpx.Timeout(self._timeout_s, read=None)  # reading a scan takes a while
-        if path.stat().st_size > PIECES_FROM_BYTES:
-            return send_in_pieces(
-                self._once,
-                path,
-                wanted,
-                on_progress=on_progress,
-                patience_s=PATIENCE_S,
-                complete_timeout=timeout,
+        if path.stat().st_size <= PIECES_FROM_BYTES:
+            return self.upload_whole(
+                path, kind=kind, subject=subject, series_uid=series_uid, on_progress=on_progress
             )
-        data = path.read_bytes()
-        headers = {"Content-Type": "application/octet-stream"}
-        answer = self._again(
-            "POST", "volumes", params=wanted, content=data, headers=headers, timeout=timeout
+        return send_in_pieces(
+            self._once,
+            path,
+            described(kind=kind, subject=subject, series_uid=series_uid),
+            on_progress=on_progress,
+            patience_s=PATIENCE_S,
+            complete_timeout=self._reading_timeout,
         )
-        if on_progress is not None:
-            on_progress(len(data))
-        return schemas.Volume.model_validate_json(answer.content)
+
+    def upload_whole(
+        self,
+        path: Path,
+        *,
+        kind: Literal["image", "labels"] = "image",
+        subject: str | None = None,
+        series_uid: str | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> schemas.Volume:
+        """Send a scan in one request; a break means that all of it is sent again."""
+        for number in range(NUM_TRIES):
+            try:
+                answer = self._once(
+                    "POST",
+                    "volumes",
+                    params=described(kind=kind, subject=subject, series_uid=series_uid),
+                    content=_chunks(path, on_progress),
+                    headers={
+                        "Content-Type": "application/octet-stream",
+                        "Content-Length": str(path.stat().st_size),
+                    },
+                    timeout=self._reading_timeout,
+                )
+                return schemas.Volume.model_validate_json(answer.content)
+            except ApiError as error:  # the same bytes are the same volume: safe to send again
+                if not error.is_transient or number == NUM_TRIES - 1:
+                    raise
+                time.sleep(0.25 * 2**number)
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def volume(self, volume_id: str) -> schemas.Volume:
         """A volume by id."""
@@ -431,6 +455,16 @@ class Client:
 def _tell(on_event: OnEvent | None, event: schemas.Event) -> None:
     if on_event is not None:
         on_event(event)
+
+
+def _chunks(path: Path, on_progress: Callable[[int], None] | None) -> Iterator[bytes]:
+    sent = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+            sent += len(chunk)
+            if on_progress is not None:
+                on_progress(sent)
 
 
 def _plain(recipe: Mapping[str, Any] | BaseModel) -> dict[str, Any]:

@@ -212,18 +212,19 @@ class Store:
         """
         folder = self.uploads / upload_id
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield Draft(folder)
-        except BlockingIOError:
+        descriptor = _locked(folder)
+        if descriptor is None:
             raise ServiceError(
                 409,
                 "upload_busy",
                 "another request is sending to this upload or completing it",
                 headers={"Retry-After": "1"},
-            ) from None
+            )
+        try:
+            yield Draft(folder)
         finally:
+            with contextlib.suppress(OSError):  # it has bytes, or is gone
+                folder.rmdir()
             os.close(descriptor)
 
     def link_file(self, path: Path, sha256: str) -> None:
@@ -369,6 +370,23 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None while somebody else has it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # removed just now by whoever had it
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = os.fstat(descriptor).st_ino == folder.stat().st_ino  # else a removed one
+    except OSError:
+        is_there = False
+    if not is_there:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _older(paths: Iterable[Path], seconds: float) -> list[Path]:

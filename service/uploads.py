@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, select, update
@@ -86,7 +85,7 @@ def get(session: Session, upload_id: str, caller: Principal) -> Upload:
     """
     upload = session.get(Upload, upload_id, populate_existing=True)
     if upload is None or (upload.created_by != caller.id and caller.role is not Role.ADMIN):
-        raise ServiceError(404, "not_found", "no upload has this id; a stale one is forgotten")
+        raise _unknown()
     return upload
 
 
@@ -108,7 +107,7 @@ class Appending:
         """
         self._store.check_space()
         with self._store.draft(self._upload.id) as draft:
-            self._session.refresh(self._upload)
+            _again(self._session, self._upload)
             there = _on_disk(self._upload, draft)
             self._session.commit()  # no transaction is open while the body streams
             if offset != there:
@@ -145,7 +144,7 @@ def complete(
             is not the one that was announced, and the upload begins anew.
     """
     with store.draft(upload.id) as draft:
-        session.refresh(upload)
+        _again(session, upload)
         if upload.volume_id is not None:
             volume = volumes.get(session, upload.volume_id)
             session.commit()
@@ -208,7 +207,7 @@ def sweep(session: Session, store: Store, *, older_than_s: float) -> int:
         try:
             with store.draft(upload_id) as draft:
                 _forget(session, upload_id, Upload.updated_at < db_now(-older_than_s))
-                if session.get(Upload, upload_id) is None:
+                if session.scalar(select(Upload.id).where(Upload.id == upload_id)) is None:
                     draft.remove()
                     num_gone += 1
                 session.commit()
@@ -245,6 +244,16 @@ def offset_of(store: Store, upload: Upload) -> int:
     return min(upload.received_bytes, Draft(store.uploads / upload.id).size)
 
 
+def _again(session: Session, upload: Upload) -> None:
+    """Read the row again, now that nobody else changes it (404 if it is gone)."""
+    if session.get(Upload, upload.id, populate_existing=True) is None:
+        raise _unknown()
+
+
+def _unknown() -> ServiceError:
+    return ServiceError(404, "not_found", "no upload has this id; a stale one is forgotten")
+
+
 def _elsewhere(there: int) -> ServiceError:
     return ServiceError(
         409,
@@ -272,8 +281,3 @@ def _forget(session: Session, upload_id: str, *where: Any) -> None:
         .execution_options(synchronize_session=False)
     )
     session.commit()
-
-
-def path_of(store: Store, upload_id: str) -> Path:
-    """Where an upload's bytes lie, for whoever looks after the disk."""
-    return store.uploads / upload_id / "bytes"
