@@ -6,12 +6,19 @@
     checks         what must hold for any affine and any voxels
     nifti          NIfTI-1/2 in and out
     dicom          a DICOM series to a volume
+    dicom_file     the bytes of a DICOM file as a data set, without trust
     dicom_header   one DICOM object: header and pixels
     dicom2d        a radiograph as its sender would have it shown
-    dicom_stack    image planes to a grid (the only place where LPS becomes RAS)
+    dicom_stack    image planes to a grid (the only place where DICOM's LPS becomes RAS)
+    dicom_voxels   the pixels of ordered planes into one array
+    slices         tilted or unevenly spaced slices to a regular grid, and labels back to them
+    nrrd           headers of NRRD
+    metaimage      headers of MetaImage
+    stored         voxels as they lie in a file, streamed
+    volume_files   NIfTI, NRRD or MetaImage, told by content, to one volume
     archive        the files of a zip, by place and never by name
     image2d        one 2D image: PNG, JPEG, radiograph
-    intake         whatever was sent (NIfTI, DICOM file, zip, folder) to one volume
+    intake         whatever was sent (a file, a zip, a folder) to one volume
     sandbox        the intake in a child process with limits
     resample       separable linear resampling between axis-parallel grids
     geometry       the certificate that a mask lies on its source grid

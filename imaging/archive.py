@@ -7,10 +7,11 @@ Sizes in the archive are not trusted; unpacked bytes are counted while they are 
 
 from __future__ import annotations
 
+import errno
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
@@ -18,7 +19,8 @@ from typing import BinaryIO, cast
 from imaging.errors import ScanError
 from imaging.limits import MAX_MEMBERS, MAX_UNPACKED_BYTES
 
-_MAX_DIRECTORY_BYTES = 16 << 20
+_MAX_DIRECTORY_BYTES = 8 << 20
+_LOCAL_HEADER_BYTES = 30
 _END = b"PK\x05\x06"
 _END_64 = b"PK\x06\x06"
 _READS_PER_FILE = 3  # to sniff, for the header, for the pixels
@@ -30,8 +32,8 @@ def is_zip(start: bytes) -> bool:
 
 
 @contextmanager
-def open_members(path: Path) -> Iterator[list[Callable[[], BinaryIO]]]:
-    """The files of a zip (not its folders) in its order, each as a function that opens it.
+def open_members(path: Path) -> Iterator[list[Member]]:
+    """The files of a zip (not its folders) in its order, each called to open it.
 
     Raises:
         ScanError: `truncated_file`, `too_large`, `archive_unsafe`, `unsupported_format`; also
@@ -42,13 +44,18 @@ def open_members(path: Path) -> Iterator[list[Callable[[], BinaryIO]]]:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
         raise ScanError("truncated_file", "the zip has no readable directory") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a directory that would begin before the file
+            raise
+        raise ScanError("truncated_file", "the zip has no readable directory") from error
     with archive:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
         if len(entries) > MAX_MEMBERS:
             raise ScanError("too_large", f"{len(entries)} files; at most {MAX_MEMBERS} are read")
         _check_entries(entries)
+        _check_sizes(archive)
         budget = _Budget(_READS_PER_FILE * MAX_UNPACKED_BYTES)
-        yield [_opener(archive, entry, budget) for entry in entries]
+        yield [Member(archive, entry, budget) for entry in entries]
 
 
 def _check_directory_size(path: Path) -> None:
@@ -78,6 +85,24 @@ def _check_entries(entries: list[zipfile.ZipInfo]) -> None:
                 "unsupported_format", f"file {place} of the zip is neither stored nor deflated"
             )
         names.add(entry.filename)
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """Refuse what announces too much, and members that share bytes (Fifield's bomb, CVE-2024-0450).
+
+    Bytes that several members share would be unpacked once for each: 10 MB become 281 TB.
+    """
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    declared = sum(entry.file_size for entry in entries)
+    if declared > MAX_UNPACKED_BYTES:
+        raise ScanError(
+            "too_large", f"the zip declares {declared} bytes; at most {MAX_UNPACKED_BYTES} are read"
+        )
+    ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
+    for entry, end in zip(entries, ends, strict=False):
+        start = entry.header_offset + _LOCAL_HEADER_BYTES + len(entry.orig_filename)
+        if start + entry.compress_size > end:
+            raise ScanError("archive_unsafe", "files of the zip overlap, or lie outside of it")
 
 
 def _fault_of(entry: zipfile.ZipInfo, names: set[str]) -> str | None:
@@ -111,7 +136,8 @@ class _Budget:
 class _Member:
     """A file of the archive, open for reading forward; damage becomes a `ScanError`."""
 
-    def __init__(self, file: BinaryIO, budget: _Budget) -> None:
+    def __init__(self, file: BinaryIO, declared_bytes: int, budget: _Budget) -> None:
+        self.declared_bytes = declared_bytes
         self._file = file
         self._budget = budget
 
@@ -130,14 +156,30 @@ class _Member:
         self._file.close()
 
 
-def _opener(
-    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: _Budget
-) -> Callable[[], BinaryIO]:
-    def open_member() -> BinaryIO:
+class Member:
+    """A file of the archive; calling it opens it.
+
+    Args:
+        archive: Open for as long as members are read.
+        entry: Which of its files.
+        budget: Shared by all members.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, budget: _Budget) -> None:
+        self._archive = archive
+        self._entry = entry
+        self._budget = budget
+
+    @property
+    def declared_bytes(self) -> int:
+        """Unpacked size as the directory has it: a hint, not to be trusted."""
+        return self._entry.file_size
+
+    def __call__(self) -> BinaryIO:
+        """Open it for reading forward."""
         try:
-            file = archive.open(entry)
+            file = self._archive.open(self._entry)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
             raise ScanError("truncated_file", "a file of the zip cannot be opened") from error
-        return cast(BinaryIO, _Member(cast(BinaryIO, file), budget))
-
-    return open_member
+        opened = _Member(cast(BinaryIO, file), self.declared_bytes, self._budget)
+        return cast(BinaryIO, opened)

@@ -36,7 +36,7 @@ from imaging.dicom_header import (
     sop_class_of,
 )
 from imaging.errors import ScanError
-from imaging.limits import MAX_PIXELS
+from imaging.limits import MAX_PIXELS, MAX_PIXELS_SIDE
 from imaging.volume import Array
 
 RADIOGRAPHS = {
@@ -88,6 +88,8 @@ def read_radiograph(data: bytes) -> Radiograph:
             shape = _judge(header)
             (stored,) = decode(data, shape, 1, [0], "pixel data")
             pixels, notes = _shown(stored, header)
+            modality = str(header.get("Modality", ""))[:16]
+            key = patient_key(str(header.get("PatientID") or ""))
         except (ScanError, MemoryError):
             raise
         except Exception as error:  # pydicom lets a dozen error types out
@@ -96,8 +98,8 @@ def read_radiograph(data: bytes) -> Radiograph:
         raise ScanError("non_finite_voxels", "pixel values are not finite after the rescaling")
     return Radiograph(
         pixels=pixels,
-        modality=str(header.get("Modality", ""))[:16],
-        patient_key=patient_key(str(header.get("PatientID") or "")),
+        modality=modality,
+        patient_key=key,
         notes=tuple(notes),
     )
 
@@ -128,7 +130,7 @@ def _judge(header: Dataset) -> tuple[int, ...]:
     rows, columns = int(header.Rows), int(header.Columns)
     if rows < 1 or columns < 1:
         raise ScanError("not_a_scan", "an image without pixels")
-    if rows * columns > MAX_PIXELS:
+    if max(rows, columns) > MAX_PIXELS_SIDE or rows * columns > MAX_PIXELS:
         raise ScanError("too_large", f"{columns} x {rows} pixels; at most {MAX_PIXELS} are read")
     check_transfer_syntax(header)
     photometric = str(header.get("PhotometricInterpretation", ""))

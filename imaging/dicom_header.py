@@ -9,31 +9,23 @@ Axes: F frames, R rows, C columns. Positions and directions are LPS+ mm, as DICO
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import warnings
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-import pydicom
-from pydicom.config import disable_value_validation
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import (
     JPEG2000,
     UID,
     CTImageStorage,
-    DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
     EnhancedMRImageStorage,
     EnhancedPETImageStorage,
-    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -47,9 +39,27 @@ from pydicom.uid import (
     PositronEmissionTomographyImageStorage,
 )
 
+from imaging.code_stream import check_frames
+from imaging.dicom_file import (
+    clean_uid,
+    is_deflated,
+    kind_of,
+    looks_like_dicom,
+    parse,
+    parse_until_pixels,
+    quiet,
+    sop_class_of,
+    sop_uid_of,
+)
 from imaging.errors import ScanError
-from imaging.limits import MAX_INFLATED_BYTES, MAX_VOXELS
+from imaging.limits import MAX_SIDE, MAX_VOXELS
 from imaging.volume import Array
+
+__all__ = [  # with what others took from here before `dicom_file` was split off
+    "MULTI_FRAME", "SINGLE_FRAME", "Frame", "Header", "Native", "check_transfer_syntax", "decode",
+    "kind_of", "looks_like_dicom", "parse", "patient_key", "quiet", "read_header",
+    "read_header_start", "read_pixels", "sop_class_of",
+]  # fmt: skip
 
 SINGLE_FRAME = {CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage}
 MULTI_FRAME = {
@@ -73,7 +83,8 @@ _TAGS = [
     "SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID",
     "SeriesInstanceUID", "FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient",
     "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns",
-    "PixelSpacing", "BitsAllocated", "BitsStored", "RescaleIntercept", "RescaleSlope",
+    "PixelSpacing", "BitsAllocated", "BitsStored", "PixelRepresentation", "RescaleIntercept",
+    "RescaleSlope",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 _GROUPS = {
@@ -101,6 +112,16 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class Native:
+    """Where uncompressed pixels stand in the file, to be read without parsing it again."""
+
+    offset_bytes: int
+    size_bytes: int
+    """As declared; the file may hold less."""
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """What one image object says about itself, checked."""
 
@@ -113,17 +134,8 @@ class Header:
     rows: int
     columns: int
     frames: tuple[Frame, ...]
-
-
-def looks_like_dicom(start: bytes) -> bool:
-    """Whether a file that begins with these bytes (132 at least) may be a DICOM object.
-
-    Files without the preamble are recognised by their first group, 0002 or 0008, little endian.
-    """
-    return start[128:132] == b"DICM" or start[:4] in (
-        b"\x02\0\0\0", b"\x02\0\x01\0", b"\x02\0\x10\0",
-        b"\x08\0\0\0", b"\x08\0\x01\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0",
-    )  # fmt: skip
+    native: Native | None = None
+    """None where the pixels are compressed, or need more than a cast."""
 
 
 def read_header(data: bytes, member: int) -> Header:
@@ -136,13 +148,26 @@ def read_header(data: bytes, member: int) -> Header:
     Raises:
         ScanError: The object is of no use for a volume; the detail says why.
     """
+    header = read_header_start(data, member, is_whole=True)
+    assert header is not None
+    return header
+
+
+def read_header_start(start: bytes, member: int, *, is_whole: bool) -> Header | None:
+    """`read_header` from the first bytes of a file; None where the header goes on beyond them."""
     with quiet():
         try:
-            dataset = parse(data, specific_tags=_TAGS, stop_before_pixels=True)
-            return _judge(dataset, member)
+            if not is_whole and is_deflated(start):
+                return None
+            dataset, stop = parse_until_pixels(start, _TAGS)
+            if not is_whole and stop + 12 > len(start):
+                return None
+            return _judge(dataset, member, _native(dataset, start[stop : stop + 12], stop))
         except (ScanError, MemoryError):
             raise
         except Exception as error:  # pydicom lets a dozen error types out
+            if not is_whole:
+                return None
             raise ScanError("not_a_scan", "a damaged DICOM object, or none") from error
 
 
@@ -176,6 +201,9 @@ def decode(
         try:
             dataset = parse(data)
             _check_length(dataset, math.prod(shape) * num_frames, name)
+            if UID(str(dataset.file_meta.TransferSyntaxUID)).is_encapsulated:
+                frames = generate_frames(dataset.PixelData, number_of_frames=num_frames)
+                check_frames(frames, shape[0], shape[1])
             plugin = _DECODERS.get(UID(str(dataset.file_meta.TransferSyntaxUID)), "")
             for pixels in iter_pixels(dataset, indices=list(indices), decoding_plugin=plugin):
                 yield pixels.reshape(shape)
@@ -185,59 +213,25 @@ def decode(
             raise ScanError("truncated_file", f"{name} are damaged or cut off") from error
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep pydicom from repeating values of the file in warnings and logs (S8)."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings(), disable_value_validation():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def parse(data: bytes, **options: Any) -> Dataset:
-    """The data set of a file, with a transfer syntax, and not inflated without end.
-
-    Call it within `quiet`; a damaged file makes pydicom raise anything.
-    """
-    inflated = _inflate(data)
-    if inflated is not None:
-        dataset = pydicom.dcmread(BytesIO(inflated), force=True, **options)
-        dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        return dataset
-    dataset = pydicom.dcmread(BytesIO(data), force=True, **options)
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        implicit, little = dataset.original_encoding
-        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-    return dataset
-
-
-def _inflate(data: bytes) -> bytes | None:
-    """The data set of a deflated file, inflated under a cap; None for any other file.
-
-    pydicom would inflate without a limit: 1 MB makes 2.1 GB (reliability.md, T-H1).
-    """
-    if data[128:132] != b"DICM" or data[132:140] != b"\x02\0\0\0UL\x04\0":
+def _native(dataset: Dataset, element: bytes, at: int) -> Native | None:
+    """Where the pixels stand, from the first bytes of their element (PS3.5, 7.1 and 8.1)."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    bits, is_signed = dataset.get("BitsAllocated"), dataset.get("PixelRepresentation")
+    if bits not in (8, 16) or is_signed not in (0, 1) or element[:4] != b"\xe0\x7f\x10\0":
         return None
-    start = 144 + int.from_bytes(data[140:144], "little")
-    meta = pydicom.dcmread(BytesIO(data[:start]), stop_before_pixels=True).file_meta
-    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+    if syntax == ImplicitVRLittleEndian:
+        length, value_at = element[4:8], at + 8
+    elif syntax == ExplicitVRLittleEndian and element[4:6] in (b"OW", b"OB"):
+        length, value_at = element[8:12], at + 12
+    else:
         return None
-    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-    inflated = unpacker.decompress(data[start:], MAX_INFLATED_BYTES)
-    if unpacker.unconsumed_tail:
-        raise ScanError("too_large", f"a deflated file holds more than {MAX_INFLATED_BYTES} bytes")
-    return inflated
+    size = int.from_bytes(length, "little")
+    if size == 0xFFFFFFFF:
+        return None
+    return Native(value_at, size, np.dtype(f"<{'i' if is_signed else 'u'}{bits // 8}"))
 
 
-def _judge(dataset: Dataset, member: int) -> Header:
-    meta = dataset.file_meta
+def _judge(dataset: Dataset, member: int, native: Native | None) -> Header:
     sop_class = sop_class_of(dataset)
     if sop_class == MediaStorageDirectoryStorage:
         raise ScanError("not_a_scan", "a DICOMDIR, an index of other files")
@@ -250,33 +244,30 @@ def _judge(dataset: Dataset, member: int) -> Header:
     num_frames = int(dataset.get("NumberOfFrames") or 1)
     if rows < 1 or columns < 1 or num_frames < 1:
         raise ScanError("not_a_scan", "an image without pixels")
-    if rows * columns * num_frames > MAX_VOXELS:
+    if max(rows, columns, num_frames) > MAX_SIDE or rows * columns * num_frames > MAX_VOXELS:
         raise ScanError("too_large", f"{columns} x {rows} x {num_frames} pixels in one file")
     if sop_class in SINGLE_FRAME and num_frames != 1:
         raise ScanError("unsupported_format", f"{num_frames} frames in a single-frame object")
     return Header(
         member=member,
-        sop_uid=str(dataset.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID") or ""),
-        series_uid=str(dataset.get("SeriesInstanceUID") or "")[:64],
+        sop_uid=sop_uid_of(dataset),
+        series_uid=clean_uid(dataset.get("SeriesInstanceUID")),
         frame_of_reference=str(dataset.get("FrameOfReferenceUID", "")),
-        modality=str(dataset.get("Modality", ""))[:16],
+        modality=_modality(dataset, sop_class),
         patient_key=patient_key(str(dataset.get("PatientID") or "")),
         rows=rows,
         columns=columns,
         frames=tuple(_frame(dataset, index) for index in range(num_frames)),
+        native=native,
     )
 
 
-def sop_class_of(dataset: Dataset) -> UID:
-    """What kind of object it is; what anonymisers blank often still stands in the file meta."""
-    in_meta = dataset.file_meta.get("MediaStorageSOPClassUID")
-    return UID(str(dataset.get("SOPClassUID") or in_meta or ""))
-
-
-def kind_of(sop_class: UID) -> str:
-    """For messages: "a DICOM object of the kind RT Dose Storage"."""
-    is_known = sop_class.is_valid and sop_class.name != str(sop_class)
-    return f"a DICOM object {f'of the kind {sop_class.name}' if is_known else 'of an unknown kind'}"
+def _modality(dataset: Dataset, sop_class: UID) -> str:
+    """CT, MR or PT; by the kind of object where the attribute says something else."""
+    stated = str(dataset.get("Modality") or "")
+    if stated in ("CT", "MR", "PT"):
+        return stated
+    return next((word for word in ("CT", "MR") if f"{word} Image" in sop_class.name), "PT")
 
 
 def check_transfer_syntax(dataset: Dataset) -> None:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaging.dicom2d import luminance, read_radiograph
-from imaging.dicom_header import looks_like_dicom
+from imaging.dicom_file import looks_like_dicom
 from imaging.errors import ScanError
-from imaging.limits import MAX_FILE_BYTES, MAX_PIXELS, read_capped
+from imaging.limits import MAX_FILE_BYTES, MAX_PIXELS, MAX_PIXELS_SIDE, read_capped
 from imaging.nifti import is_nifti
 
 Format = Literal["png", "jpeg", "dicom"]
@@ -116,7 +116,7 @@ def _from_picture(data: bytes, form: Literal["png", "jpeg"]) -> Image2d:
 
 def _check_size(picture: Image.Image) -> None:
     columns, rows = picture.size
-    if rows * columns > MAX_PIXELS:
+    if max(rows, columns) > MAX_PIXELS_SIDE or rows * columns > MAX_PIXELS:
         raise ScanError("too_large", f"{columns} x {rows} pixels; at most {MAX_PIXELS} are read")
     num_frames = int(getattr(picture, "n_frames", 1))
     if num_frames != 1:

@@ -10,37 +10,37 @@ Axes: volumes are (I, J, K) in RAS+; `Scan.source` keeps the grid of the files.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
-import gzip
 import json
-import resource
-import signal
 import sys
-import tempfile
-import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from imaging import dicom, nifti
+from imaging import dicom, nifti, volume_files
 from imaging.archive import is_zip, open_members
-from imaging.dicom_header import looks_like_dicom, quiet
+from imaging.confine import confine
+from imaging.deidentify import deidentify_upload
+from imaging.dicom_file import quiet
+from imaging.dicom_voxels import Source
 from imaging.errors import ScanError
-from imaging.limits import CHUNK_BYTES, MAX_MEMBERS, MAX_UNPACKED_BYTES
-from imaging.volume import Array, Grid, Volume, canonical
+from imaging.identity import Policy, Pseudonyms
+from imaging.limits import MAX_MEMBERS
+from imaging.slices import Slices
+from imaging.volume import Array, Grid, Volume
+from imaging.volume_files import SNIFF_BYTES, Form
 
 Kind = Literal["image", "labels"]
 
 EXIT_BAD_SCAN = 65
 EXIT_CANNOT_WRITE = 74
 
-_SNIFF_BYTES = 1024
 _ROUNDING = 1e-3  # labels stored as 0.99999997 exist
-_FOREIGN = {b"NRRD": "NRRD", b"Obje": "MetaImage", b"\x89HDF": "HDF5 (MINC 2)", b"CDF\x01": "MINC"}
+_FOREIGN = {b"\x89HDF": "HDF5 (MINC 2)", b"CDF\x01": "MINC"}
+_EXPECTED = "NIfTI, NRRD, MetaImage or DICOM"
 _SYSTEM_FAULTS = {errno.ENOENT, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EFBIG}
 
 
@@ -51,18 +51,29 @@ class Scan:
     volume: Volume
     source: Grid
     modality: str
-    """As in DICOM; empty for NIfTI."""
-    format: Literal["nifti", "dicom"]
+    """As in DICOM; empty for other formats."""
+    format: Literal["nifti", "nrrd", "metaimage", "dicom"]
     series_uid: str
     patient_key: str
     """Same for the same patient id, empty where none is known; key it before it is stored."""
-    affine_from: Literal["sform", "qform", "dicom"]
+    affine_from: Literal["sform", "qform", "nrrd", "metaimage", "dicom"]
     members: tuple[dicom.Unused, ...]
     """Files that were not used, and why."""
+    used: tuple[dicom.Used, ...] = ()
+    """Files that were; with `members`, every file that was sent."""
+    notes: tuple[str, ...] = ()
+    """What was decided or done that a reader of the volume should know."""
+    slices: Slices | None = None
+    """Of a DICOM series that was resampled: where its slices lie, the way back for a mask."""
+    slice_files: tuple[dicom.Used, ...] = ()
+    """The file of each of `slices`."""
 
 
 def read_scan(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan:
-    """Read a NIfTI file, a DICOM file, a zip of either, or a folder.
+    """Read a NIfTI, NRRD, MetaImage or DICOM file, a zip of files, or a folder.
+
+    A tilted or unevenly spaced DICOM series becomes an image on a regular grid (`slices`); as
+    labels it is refused, since labels cannot be interpolated.
 
     Args:
         path: What was sent in.
@@ -73,7 +84,7 @@ def read_scan(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan:
         ScanError: Any code of `docs/architecture.md`.
     """
     try:
-        scan = _read(path, series_uid)
+        scan = _read(path, series_uid, may_resample=kind == "image")
         voxels = _as_labels(scan.volume.voxels) if kind == "labels" else _as_image(scan.volume)
     except ScanError:
         raise
@@ -83,84 +94,71 @@ def read_scan(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan:
         if isinstance(error, OSError) and error.errno in _SYSTEM_FAULTS:
             raise
         raise ScanError("not_a_scan", f"the reader gave up ({type(error).__name__})") from error
-    return Scan(
-        volume=Volume(voxels, scan.volume.affine),
-        source=scan.source,
-        modality=scan.modality,
-        format=scan.format,
-        series_uid=scan.series_uid,
-        patient_key=scan.patient_key,
-        affine_from=scan.affine_from,
-        members=scan.members,
-    )
+    return replace(scan, volume=Volume(voxels, scan.volume.affine))
 
 
-def _read(path: Path, series_uid: str | None) -> Scan:
+def _read(path: Path, series_uid: str | None, *, may_resample: bool) -> Scan:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.is_symlink())
         if len(files) > MAX_MEMBERS:
             raise ScanError("too_large", f"{len(files)} files; at most {MAX_MEMBERS} are read")
-        return _from_many(files, series_uid)
+        return _from_many(files, series_uid, may_resample)
     with path.open("rb") as file:
-        start = file.read(_SNIFF_BYTES)
+        start = file.read(SNIFF_BYTES)
     if is_zip(start):
         with open_members(path) as members:
-            return _from_many(members, series_uid)
-    form = _format_of(path)
-    if form == "nifti":
-        return _from_nifti(path, ())
-    if form == "dicom":
-        return _from_dicom([path], series_uid)
+            return _from_many(members, series_uid, may_resample)
+    form = volume_files.form_of(path)
+    if form is not None:
+        return _from_files([path], [form], series_uid, may_resample)
     if not start:
         raise ScanError("not_a_scan", "the file is empty")
     if start[:4] in _FOREIGN:
-        found = _FOREIGN[start[:4]]
-        raise ScanError("unsupported_format", f"found {found}; expected NIfTI or DICOM")
-    raise ScanError("not_a_scan", "neither NIfTI, nor DICOM, nor a zip of them")
+        raise ScanError("unsupported_format", f"found {_FOREIGN[start[:4]]}; expected {_EXPECTED}")
+    raise ScanError("not_a_scan", f"neither {_EXPECTED}, nor a zip of them")
 
 
-def _from_many(files: Sequence[dicom.Source], series_uid: str | None) -> Scan:
-    """A DICOM series among the files, or the only NIfTI file."""
+def _from_many(files: Sequence[Source], series_uid: str | None, may_resample: bool) -> Scan:
+    """A DICOM series among the files, or the only file of another format."""
     if not files:
         raise ScanError("empty_archive", "no files in it")
-    forms = [_format_of(file) for file in files]
+    forms = [volume_files.form_of(file) for file in files]
     if "zip" in forms:
         raise ScanError("archive_unsafe", f"file {forms.index('zip')} is itself a zip")
+    return _from_files(files, forms, series_uid, may_resample)
+
+
+def _from_files(
+    files: Sequence[Source],
+    forms: Sequence[Form | None],
+    series_uid: str | None,
+    may_resample: bool,
+) -> Scan:
     if "dicom" in forms:
-        return _from_dicom(files, series_uid)
-    places = [place for place, form in enumerate(forms) if form == "nifti"]
+        return _from_dicom(files, series_uid, may_resample)
+    places = [place for place, form in enumerate(forms) if form is not None]
     if len(places) > 1:
-        raise ScanError("unsupported_format", f"{len(places)} NIfTI files; send one at a time")
+        raise ScanError("unsupported_format", f"{len(places)} volumes; send one at a time")
     if not places:
-        raise ScanError("not_a_scan", f"none of {len(files)} files is NIfTI or DICOM")
-    others = [place for place in range(len(files)) if place != places[0]]
-    unused = tuple(dicom.Unused(place, "not a scan") for place in others)
-    file = files[places[0]]
-    if isinstance(file, Path):
-        return _from_nifti(file, unused)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "scan"
-        with file() as packed, copy.open("wb") as unpacked:
-            _copy_capped(packed, unpacked)
-        return _from_nifti(copy, unused)
-
-
-def _from_nifti(path: Path, unused: tuple[dicom.Unused, ...]) -> Scan:
-    voxels, header = nifti.read_stored(path)
+        raise ScanError("not_a_scan", f"none of {len(files)} files is {_EXPECTED}")
+    found = volume_files.read(files, forms, places[0])
+    others = [place for place in range(len(files)) if place not in found.members]
     return Scan(
-        volume=canonical(voxels, header.affine),
-        source=Grid(header.shape, header.affine),
+        volume=found.volume,
+        source=found.source,
         modality="",
-        format="nifti",
+        format=found.format,
         series_uid="",
         patient_key="",
-        affine_from=header.affine_from,
-        members=unused,
+        affine_from=found.affine_from,
+        members=tuple(dicom.Unused(place, "not a scan") for place in others),
+        used=tuple(dicom.Used(place, "") for place in found.members),
+        notes=found.notes,
     )
 
 
-def _from_dicom(files: Sequence[dicom.Source], series_uid: str | None) -> Scan:
-    series = dicom.read_series(files, series_uid=series_uid)
+def _from_dicom(files: Sequence[Source], series_uid: str | None, may_resample: bool) -> Scan:
+    series = dicom.read_series(files, series_uid=series_uid, may_resample=may_resample)
     return Scan(
         volume=series.volume,
         source=series.source,
@@ -170,37 +168,11 @@ def _from_dicom(files: Sequence[dicom.Source], series_uid: str | None) -> Scan:
         patient_key=series.patient_key,
         affine_from="dicom",
         members=series.unused,
+        used=series.used,
+        notes=series.notes,
+        slices=series.slices,
+        slice_files=series.slice_files,
     )
-
-
-def _format_of(file: dicom.Source) -> Literal["nifti", "dicom", "zip"] | None:
-    with file.open("rb") if isinstance(file, Path) else file() as stream:
-        start = stream.read(_SNIFF_BYTES)
-    if is_zip(start):
-        return "zip"
-    if start[:2] == b"\x1f\x8b":
-        start = _unzipped_start(start)
-        return "nifti" if nifti.is_nifti(start) else None
-    if nifti.is_nifti(start):
-        return "nifti"
-    return "dicom" if looks_like_dicom(start) else None
-
-
-def _unzipped_start(start: bytes) -> bytes:
-    """What the first bytes of a gzip stream unpack to; empty if they do not."""
-    try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, _SNIFF_BYTES)
-    except (zlib.error, gzip.BadGzipFile):
-        return b""
-
-
-def _copy_capped(packed: BinaryIO, unpacked: BinaryIO) -> None:
-    copied = 0
-    while chunk := packed.read(CHUNK_BYTES):
-        copied += len(chunk)
-        if copied > MAX_UNPACKED_BYTES:
-            raise ScanError("too_large", f"more than {MAX_UNPACKED_BYTES} bytes unpacked")
-        unpacked.write(chunk)
 
 
 def _as_image(volume: Volume) -> Array:
@@ -239,7 +211,16 @@ def report_of(scan: Scan) -> dict[str, Any]:
         "affine_from": scan.affine_from,
         "dtype": scan.volume.voxels.dtype.name,
         "members": [asdict(member) for member in scan.members],
+        "used": [asdict(member) for member in scan.used],
+        "notes": list(scan.notes),
+        "slices": None if scan.slices is None else _slices_record(scan),
     }
+
+
+def _slices_record(scan: Scan) -> dict[str, Any]:
+    """The way back to the slices that were sent; `imaging.slices.slices_of` reads it."""
+    assert scan.slices is not None
+    return {**scan.slices.as_json(), "files": [asdict(file) for file in scan.slice_files]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,13 +234,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu-s", type=int, help="limit of processor time")
     parser.add_argument("--file-bytes", type=int, help="limit of each written file")
     parser.add_argument("--open-files", type=int, help="limit of open files")
+    parser.add_argument("--confine", type=int, metavar="PID", help="child of PID: see confine.py")
+    parser.add_argument(
+        "--deidentify", action="store_true", help="the key and the policy are on standard input"
+    )
     options = parser.parse_args(arguments)
-    _confine(options)
+    if options.confine is not None:
+        confine(
+            memory_bytes=options.memory_bytes,
+            cpu_s=options.cpu_s,
+            file_bytes=options.file_bytes,
+            open_files=options.open_files,
+            parent_pid=options.confine,
+            readable=[options.path],
+            writable=options.out,
+        )
     try:
         with quiet():
-            scan = read_scan(options.path, kind=options.kind, series_uid=options.series)
+            scan, answer = _scan_and_report(options)
         nifti.write(options.out / "volume.nii", scan.volume.voxels, scan.volume.affine)
-        answer, status = report_of(scan), 0
+        status = 0
     except ScanError as error:
         answer, status = _problem(error), EXIT_BAD_SCAN
     except MemoryError:
@@ -272,25 +266,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def _scan_and_report(options: argparse.Namespace) -> tuple[Scan, dict[str, Any]]:
+    if not options.deidentify:
+        scan = read_scan(options.path, kind=options.kind, series_uid=options.series)
+        return scan, report_of(scan)
+    wish = json.load(sys.stdin)
+    return read_without_identity(
+        options.path,
+        options.out,
+        kind=options.kind,
+        series_uid=options.series,
+        names=Pseudonyms(bytes.fromhex(wish["key"])),
+        policy=Policy(**wish["policy"]),
+    )
+
+
+def read_without_identity(
+    path: Path,
+    out_dir: Path,
+    *,
+    kind: Kind,
+    series_uid: str | None,
+    names: Pseudonyms,
+    policy: Policy,
+) -> tuple[Scan, dict[str, Any]]:
+    """Write `out_dir/original`, the upload without identities, and read the scan from it.
+
+    Args:
+        path: What was sent in.
+        out_dir: Existing folder.
+        kind: As of `read_scan`.
+        series_uid: As it was sent, or as it is mapped.
+        names: Gives pseudonyms.
+        policy: What the site wants.
+
+    Returns:
+        The scan, and its report; `deidentified` says what was done, the patient's pseudonym and
+        the mapped `series_uid` that was asked for.
+
+    Raises:
+        ScanError: As `read_scan`; `burned_in_annotation`; `unsupported_format` for what can be
+            read and not be cleaned.
+    """
+    cleaned = deidentify_upload(path, out_dir / "original", names, policy)
+    if cleaned is None:
+        read_scan(path, kind=kind, series_uid=series_uid)  # says what is wrong with it
+        raise ScanError("unsupported_format", "a scan of a kind that cannot be de-identified")
+    if series_uid is not None:
+        series_uid = cleaned.series_named(series_uid, names)
+    try:
+        scan = read_scan(cleaned.path, kind=kind, series_uid=series_uid)
+    except ScanError as error:
+        files = cleaned.explained(error.extra.pop("files", []))  # type: ignore[arg-type]
+        error.extra = cleaned.as_sent(error.extra) | ({"files": files} if files else {})
+        raise
+    report = report_of(scan)
+    report["members"] = cleaned.explained(report["members"])
+    report["used"], report["slices"] = cleaned.as_sent([report["used"], report["slices"]])
+    report["deidentified"] = {
+        **cleaned.facts,
+        "subject": cleaned.patient_of(scan.patient_key),
+        "series_uid": series_uid or "",
+    }
+    return scan, report
+
+
 def _problem(error: ScanError) -> dict[str, Any]:
     return {"error": {"code": error.code, "detail": error.detail, "extra": error.extra}}
-
-
-def _confine(options: argparse.Namespace) -> None:
-    """Take away what reading a scan does not need; die with the parent (Linux)."""
-    for limit, value in (
-        (resource.RLIMIT_AS, options.memory_bytes),
-        (resource.RLIMIT_CPU, options.cpu_s),
-        (resource.RLIMIT_FSIZE, options.file_bytes),
-        (resource.RLIMIT_NOFILE, options.open_files),
-    ):
-        if value is not None:
-            resource.setrlimit(limit, (value, value))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Axes: A B C as stored in the file, I J K after `canonical` (RAS+). Affines map v
 from __future__ import annotations
 
 import gzip
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,17 +22,29 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
-from imaging.checks import check_affine, narrowed, shear_of
+from imaging.checks import check_affine
 from imaging.errors import ScanError
-from imaging.limits import MAX_VOXELS
-from imaging.volume import Affine, Array, Grid, Shape, Volume, canonical
+from imaging.limits import MAX_SIDE, MAX_VOXELS
+from imaging.stored import MAX_OFFSET_BYTES, drain, read_voxels, skip, unpacked
+from imaging.volume import (
+    Affine,
+    Array,
+    Grid,
+    Shape,
+    Volume,
+    canonical,
+    corner_distance_mm,
+    spacing_of,
+)
 
 _HEADERS: dict[int, tuple[type[Any], bytes]] = {
     348: (nib.Nifti1Header, b"n+1\0"),
     540: (nib.Nifti2Header, b"n+2\0"),
 }
-_MAX_OFFSET_BYTES = 64 << 20
-_SLAB_BYTES = 16 << 20
+
+_QFORM_TOLERANCE_MM = 2e-4
+_SAME_PLACE_MM = 0.01
+"""Of a volume's corners; a quaternion in float32 is not exacter than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,8 @@ class NiftiHeader:
     slope: float
     intercept: float
     offset_bytes: int
+    notes: tuple[str, ...] = ()
+    """What a reader of the volume should know of the header."""
 
 
 def read(path: Path) -> tuple[Volume, Grid]:
@@ -73,10 +86,14 @@ def read_stored(path: Path) -> tuple[Array, NiftiHeader]:
     with _unpacked(path) as (file, size):
         header = read_header(file)
         _check_size(header, size)
-        _skip_to(file, header.offset_bytes)
-        voxels = _read_voxels(file, header)
+        if file.tell() > header.offset_bytes:
+            file.seek(header.offset_bytes)
+        skip(file, header.offset_bytes - file.tell())
+        voxels = read_voxels(
+            file, header.shape, header.dtype, slope=header.slope, intercept=header.intercept
+        )
         if size is None:
-            _drain(file)
+            drain(file)
         return voxels, header
 
 
@@ -102,8 +119,10 @@ def open_canonical(path: Path) -> Volume:
 def write(path: Path, voxels: Array, affine: Affine, *, description: str = "") -> None:
     """Write a NIfTI-1 file; gzipped when the name ends in `.gz`.
 
-    The affine goes into the sform as float32, and into the qform too where it is a box (a qform
-    cannot hold shear). The bytes depend on the arguments alone: no time stamp, no file name.
+    The affine goes into the sform as float32, and into the qform too where that holds it: a qform
+    has no shear, and its float32 quaternion is coarse near half a turn (a sagittal or coronal scan
+    of 300 mm would be off by 0.2 mm). The bytes depend on the arguments alone: no time stamp, no
+    file name.
 
     Args:
         path: Where to write.
@@ -116,8 +135,10 @@ def write(path: Path, voxels: Array, affine: Affine, *, description: str = "") -
     header.set_data_shape(voxels.shape)
     header.set_xyzt_units("mm")
     header.set_slope_inter(1.0, 0.0)
-    if shear_of(affine) < 1e-5:
-        header.set_qform(affine, code="scanner")
+    header.set_zooms(spacing_of(affine))
+    header.set_qform(affine, code="scanner")
+    if not all(_holds(qform, affine, voxels.shape) for qform in _qforms(header)):
+        header.set_qform(None, code="unknown")
     header.set_sform(affine, code="scanner")
     header["descrip"] = description.encode("ascii")
     header["vox_offset"] = 352
@@ -128,6 +149,25 @@ def write(path: Path, voxels: Array, affine: Affine, *, description: str = "") -
                 _write_body(cast(BinaryIO, packed), header, voxels)
         else:
             _write_body(raw, header, voxels)
+
+
+def _qforms(header: Any) -> Iterator[Affine]:
+    """The header's qform as readers take it: near half a turn some round the angle, others not."""
+    rounded: Affine = header.get_qform()
+    yield rounded
+    b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
+    a = np.sqrt(max(0.0, 1.0 - (b * b + c * c + d * d)))  # nifti1.h, method 2
+    strict = rounded.copy()
+    rotation = nib.quaternions.quat2mat((a, b, c, d))
+    handed = -1.0 if float(header["pixdim"][0]) < 0 else 1.0
+    strict[:3, :3] = rotation * header.get_zooms() * (1.0, 1.0, handed)
+    yield strict
+
+
+def _holds(qform: Affine, affine: Affine, shape: tuple[int, ...]) -> bool:
+    """Whether a qform places every corner within 0.2 micrometres of the affine's place."""
+    apart = np.abs(qform - affine)
+    return bool((apart[:3, :3] @ shape + apart[:3, 3]).max() < _QFORM_TOLERANCE_MM)
 
 
 def _write_body(file: BinaryIO, header: Any, voxels: Array) -> None:
@@ -143,14 +183,8 @@ def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
     with path.open("rb") as raw:
         is_gzip = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        try:
-            if is_gzip:
-                with gzip.GzipFile(fileobj=raw) as packed:
-                    yield cast(BinaryIO, packed), None
-            else:
-                yield raw, path.stat().st_size
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ScanError("truncated_file", "the gzip stream is damaged or cut off") from error
+        with unpacked(raw, "gzip" if is_gzip else "raw") as file:
+            yield file, None if is_gzip else path.stat().st_size
 
 
 def read_header(file: BinaryIO) -> NiftiHeader:
@@ -175,7 +209,7 @@ def read_header(file: BinaryIO) -> NiftiHeader:
     except (HeaderDataError, WrapStructError, ValueError, OverflowError, KeyError) as error:
         raise ScanError("not_a_scan", "the NIfTI header contradicts itself") from error
     offset = float(header["vox_offset"])
-    if not size <= offset <= _MAX_OFFSET_BYTES:
+    if not size <= offset <= MAX_OFFSET_BYTES:
         raise ScanError("not_a_scan", f"voxels cannot start at byte {offset:g}")
     return NiftiHeader(
         shape=shape,
@@ -185,6 +219,7 @@ def read_header(file: BinaryIO) -> NiftiHeader:
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
         offset_bytes=int(offset),
+        notes=_disagreement(header, shape, affine, affine_from),
     )
 
 
@@ -216,6 +251,8 @@ def _shape_of(header: Any) -> Shape:
             "not_three_dimensional", f"shape is {sizes}; expected one volume of three dimensions"
         )
     a, b, c = sizes[:3]
+    if max(a, b, c) > MAX_SIDE:
+        raise ScanError("too_large", f"{a} x {b} x {c} voxels; at most {MAX_SIDE} along an axis")
     if a * b * c > MAX_VOXELS:
         raise ScanError("too_large", f"{a} x {b} x {c} voxels; at most {MAX_VOXELS} are read")
     return a, b, c
@@ -246,56 +283,22 @@ def _affine_of(header: Any) -> tuple[Affine, Literal["sform", "qform"]]:
     return affine, cast(Literal["sform", "qform"], source)
 
 
+def _disagreement(header: Any, shape: Shape, affine: Affine, used: str) -> tuple[str, ...]:
+    """A note where sform and qform are both set and do not say the same."""
+    if used != "sform" or int(header["qform_code"]) < 1:
+        return ()
+    try:
+        other = np.asarray(header.get_qform(), dtype=np.float64)
+    except (HeaderDataError, ValueError):
+        return ("the sform was used; the qform is set but is not a rotation",)
+    apart = corner_distance_mm(affine, other, shape)
+    if apart < _SAME_PLACE_MM:
+        return ()
+    codes = f"code {int(header['sform_code'])} against {int(header['qform_code'])}"
+    return (f"sform and qform differ by {apart:.3g} mm at a corner; the sform was used ({codes})",)
+
+
 def _check_size(header: NiftiHeader, size: int | None) -> None:
     needed = header.offset_bytes + int(np.prod(header.shape)) * header.dtype.itemsize
     if size is not None and size < needed:
         raise ScanError("truncated_file", f"{size} bytes; the header declares {needed}")
-
-
-def _skip_to(file: BinaryIO, offset: int) -> None:
-    if file.tell() > offset:
-        file.seek(offset)
-    while missing := offset - file.tell():
-        if not file.read(min(missing, _SLAB_BYTES)):
-            raise ScanError("truncated_file", "the file ends before its voxels start")
-
-
-def _drain(file: BinaryIO) -> None:
-    """Read on to the end of a gzip stream, where its checksum stands; gives up on long tails."""
-    for _ in range(_MAX_OFFSET_BYTES // _SLAB_BYTES):
-        if not file.read(_SLAB_BYTES):
-            return
-
-
-def _read_voxels(file: BinaryIO, header: NiftiHeader) -> Array:
-    """Stream the voxels, (A, B, C) in Fortran order, in the narrowest type that holds them."""
-    a, b, c = header.shape
-    is_plain = (header.slope, header.intercept) == (1.0, 0.0)
-    holder: np.dtype[Any] = np.dtype(np.float32)
-    if is_plain and header.dtype == np.uint8:
-        holder = np.dtype(np.uint8)
-    elif is_plain and np.can_cast(header.dtype, np.int16):
-        holder = np.dtype(np.int16)
-    voxels = np.empty(header.shape, dtype=holder, order="F")
-    rows = max(1, _SLAB_BYTES // (a * b * header.dtype.itemsize))
-    for start in range(0, c, rows):
-        stop = min(c, start + rows)
-        slab = _read_slab(file, header.dtype, (a, b, stop - start))
-        if holder.kind == "f":
-            slab = slab.astype(np.float64) * header.slope + header.intercept
-            if not np.isfinite(slab).all():
-                raise ScanError("non_finite_voxels", "some voxels are NaN or infinite")
-        with np.errstate(over="ignore"):
-            voxels[:, :, start:stop] = slab
-    return narrowed(voxels)
-
-
-def _read_slab(file: BinaryIO, dtype: np.dtype[Any], shape: Shape) -> Array:
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    parts = bytearray()
-    while len(parts) < num_bytes:
-        chunk = file.read(num_bytes - len(parts))
-        if not chunk:
-            raise ScanError("truncated_file", "the voxels end early")
-        parts += chunk
-    return np.frombuffer(parts, dtype=dtype).reshape(shape, order="F")

@@ -1,7 +1,8 @@
 """The intake in a child process with limits: hostile bytes never meet the parent.
 
-The child gets a bare environment (no secrets), no standard input, and hard limits on memory,
-processor time, file size, open files and core dumps; the parent adds a wall clock.
+The child gets a bare environment (no secrets), no standard input, and the walls of
+`imaging.confine`: hard limits on memory, processor time, file size, open files and core dumps, no
+network, no other program, no files but the scan; the parent adds a wall clock.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from imaging.errors import ScanError
+from imaging.identity import Policy, Pseudonyms
 from imaging.intake import EXIT_BAD_SCAN, Kind
 from imaging.volume import Grid, Shape, Spacing
 
@@ -54,7 +56,17 @@ class IntakeReport:
     affine_from: str
     dtype: str
     members: list[dict[str, Any]]
-    """Files not used: `{"member": place, "reason": text}`."""
+    """Files not used: `{"member": place, "reason": text, "sop_uid": uid}`."""
+    used: list[dict[str, Any]] = field(default_factory=list)
+    """Files used: `{"member": place, "sop_uid": uid}`."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided or done that a reader of the volume should know."""
+    slices: dict[str, Any] | None = None
+    """Of a resampled series: the way back to its slices (`imaging.slices.slices_of`)."""
+    deidentified: dict[str, str] | None = None
+    """What was done to the upload (`intake.read_without_identity`); None if it was left alone."""
+    original_path: Path | None = None
+    """The upload without identities."""
 
     @property
     def source(self) -> Grid:
@@ -69,6 +81,7 @@ def run_intake(
     kind: Kind,
     series_uid: str | None = None,
     limits: Limits | None = None,
+    identity: tuple[Pseudonyms, Policy] | None = None,
 ) -> IntakeReport:
     """Read a scan in a child process; blocks until it ends.
 
@@ -78,6 +91,8 @@ def run_intake(
         kind: What the scan is meant to be.
         series_uid: Which DICOM series, where there are several.
         limits: What the child may take.
+        identity: How identities are hidden before anything else is read; the key reaches the child
+            through its standard input, where no other process sees it. None leaves all as it is.
 
     Raises:
         ScanError: The scan cannot be used; `too_large` when a limit ended the child.
@@ -86,17 +101,20 @@ def run_intake(
     limits = limits or Limits()
     if series_uid is not None and not _UID.fullmatch(series_uid):
         raise ScanError("no_such_series", "series_uid is not a UID (digits and dots)")
+    command = _command(path.resolve(), out_dir.resolve(), kind, series_uid, limits)
+    if identity is not None:
+        command.insert(command.index("--"), "--deidentify")
     process = subprocess.Popen(  # noqa: S603  # our own module; the path is one argument
-        _command(path.resolve(), out_dir.resolve(), kind, series_uid, limits),
+        command,
         cwd=out_dir,
         env=_environment(out_dir.resolve()),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if identity else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=limits.wall_s)
+        output, _ = process.communicate(_wish(identity), timeout=limits.wall_s)
     except subprocess.TimeoutExpired:
         raise ScanError("too_large", f"reading it took more than {limits.wall_s:g} s") from None
     finally:
@@ -107,7 +125,11 @@ def run_intake(
 
 
 def _command(
-    path: Path, out_dir: Path, kind: Kind, series_uid: str | None, limits: Limits
+    path: Path,
+    out_dir: Path,
+    kind: Kind,
+    series_uid: str | None,
+    limits: Limits,
 ) -> list[str]:
     command = [
         *(sys.executable, "-s", "-P", "-m", "imaging.intake"),
@@ -117,10 +139,18 @@ def _command(
         f"--cpu-s={limits.cpu_s}",
         f"--file-bytes={limits.file_bytes}",
         f"--open-files={limits.open_files}",
+        f"--confine={os.getpid()}",
     ]
     if series_uid is not None:
         command.append(f"--series={series_uid}")
     return [*command, "--", str(path)]
+
+
+def _wish(identity: tuple[Pseudonyms, Policy] | None) -> bytes | None:
+    if identity is None:
+        return None
+    names, policy = identity
+    return json.dumps({"key": names.key.hex(), "policy": asdict(policy)}).encode()
 
 
 def _environment(scratch: Path) -> dict[str, str]:
@@ -147,4 +177,5 @@ def _report(status: int, output: bytes, out_dir: Path) -> IntakeReport:
     report = json.loads(output)
     for name in ("shape", "spacing_mm", "source_shape"):
         report[name] = tuple(report[name])
-    return IntakeReport(volume_path=out_dir / "volume.nii", **report)
+    original = out_dir / "original" if report.get("deidentified") else None
+    return IntakeReport(volume_path=out_dir / "volume.nii", original_path=original, **report)

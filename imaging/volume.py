@@ -10,6 +10,7 @@ Axes: I J K voxel axes in RAS+ order; spacing in array order, mm.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import nibabel as nib
@@ -69,8 +70,8 @@ def canonical(voxels: Array, affine: Affine) -> Volume:
     """
     orientation = nib.orientations.io_orientation(affine)
     reordered = nib.orientations.apply_orientation(voxels, orientation)
-    step = nib.orientations.inv_ornt_aff(orientation, voxels.shape)
-    return Volume(reordered, np.asarray(affine, dtype=np.float64) @ step)
+    a, b, c = voxels.shape
+    return Volume(reordered, canonical_affine(Grid((a, b, c), affine)))
 
 
 def on_source_grid(voxels: Array, source: Grid) -> Array:
@@ -87,3 +88,32 @@ def on_source_grid(voxels: Array, source: Grid) -> Array:
     if restored.shape != source.shape:
         raise ValueError(f"voxels are {restored.shape} on the source axes, not {source.shape}")
     return restored
+
+
+def empty_canonical(source: Grid, dtype: np.dtype[Any] | type[Any]) -> tuple[Array, Array]:
+    """Room for the voxels of a source, so that they are put into RAS+ as they are read.
+
+    Returns:
+        An empty array (I, J, K) in RAS+, in Fortran order, and a view of it (A, B, C) on the
+        source's own axes.
+    """
+    forward = nib.orientations.io_orientation(source.affine)
+    shape = np.empty(3, dtype=int)
+    shape[forward[:, 0].astype(int)] = source.shape
+    voxels: Array = np.empty(tuple(shape), dtype=dtype, order="F")
+    return voxels, on_source_grid(voxels, source)
+
+
+def canonical_affine(source: Grid) -> Affine:
+    """The voxel-to-RAS+ matrix after `canonical`, (4, 4), mm."""
+    orientation = nib.orientations.io_orientation(source.affine)
+    step = nib.orientations.inv_ornt_aff(orientation, source.shape)
+    affine: Affine = np.asarray(source.affine, dtype=np.float64) @ step
+    return affine
+
+
+def corner_distance_mm(one: Affine, other: Affine, shape: Shape) -> float:
+    """Largest distance between the eight corner voxels of two grids of one shape."""
+    ends = [(0, size - 1) for size in shape]
+    corners = np.array([[*corner, 1] for corner in product(*ends)], dtype=np.float64)  # (8, 4)
+    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())

@@ -23,6 +23,7 @@ from service.routers import (
     models,
     runs,
     segmentations,
+    uploads,
     volumes,
 )
 from service.settings import Settings, get_settings
@@ -39,6 +40,7 @@ ROUTERS = (
     health.open_router,
     health.router,
     volumes.router,
+    uploads.router,
     datasets.router,
     runs.router,
     models.router,

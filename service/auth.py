@@ -8,7 +8,6 @@ viewer < annotator < researcher < admin; each may do what the lower ones may.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
+from imaging.identity import Pseudonyms
 from service.db import Token, db_now
 from service.errors import ServiceError
 from service.settings import Settings
@@ -173,12 +173,15 @@ def subject_pseudonym(data_dir: Path, patient_key: str) -> str:
 
     `sub_` and the first 16 hexadecimal digits of HMAC-SHA256(site key, patient key).
     """
-    digest = hmac.new(_site_key(data_dir), patient_key.encode(), hashlib.sha256)
-    return f"sub_{digest.hexdigest()[:16]}"
+    return site_pseudonyms(data_dir).patient(patient_key)
 
 
-def _site_key(data_dir: Path) -> bytes:
-    """The site's secret key; made once, by whichever process comes first."""
+def site_pseudonyms(data_dir: Path) -> Pseudonyms:
+    """Names under this site's secret key, which is made once, by whichever process comes first.
+
+    Whoever has `data_dir/secrets/pseudonym.key` (mode 0600) can test whether a pseudonym is a given
+    patient's; whoever loses it can tell no new scan of a known patient.
+    """
     folder = data_dir / "secrets"
     path = folder / "pseudonym.key"
     if not path.exists():
@@ -196,7 +199,7 @@ def _site_key(data_dir: Path) -> bytes:
         finally:
             draft.unlink()
         fsync(folder)
-    return path.read_bytes()
+    return Pseudonyms(path.read_bytes())
 
 
 def _store(

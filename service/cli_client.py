@@ -199,11 +199,11 @@ def embed(
 
 @contextmanager
 def upload_progress(path: Path) -> Iterator[Callable[[int], None]]:
-    """A bar of the bytes of a file that were sent; yields what takes their total so far."""
+    """A bar of the bytes that were sent, without the file's name; yields what takes their total."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=errors
     ) as progress:
-        task = progress.add_task(path.name, total=path.stat().st_size)
+        task = progress.add_task("upload", total=path.stat().st_size)
         yield lambda sent: progress.update(task, completed=sent)
 
 

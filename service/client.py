@@ -17,11 +17,18 @@ import httpx
 from pydantic import BaseModel
 
 from service import schemas
+from service.answers import TRANSIENT, ApiError, check, unreachable
+from service.client_upload import described, send_in_pieces
+
+__all__ = ["ApiError", "Client"]
 
 TERMINAL = frozenset({"succeeded", "failed", "canceled"})
 CHUNK_BYTES = 1 << 20
 NUM_TRIES = 4
-TRANSIENT = frozenset({502, 503, 504})
+PIECES_FROM_BYTES = 8 << 20
+"""Smaller files are sent whole: a break costs no more than a piece."""
+PATIENCE_S = 120.0
+"""How long an upload goes on asking a service that does not answer."""
 POLL_S = 1.0
 STREAM_TIMEOUT_S = 45.0
 """Three times the pause between the stream's pings."""
@@ -33,32 +40,13 @@ Item = tuple[str, str | None] | tuple[str, str | None, str | None]
 """Image id, labels id or None, and perhaps the split."""
 
 
-class ApiError(Exception):
-    """The service refused a request, or did not answer.
-
-    Args:
-        status: HTTP status; 0 if there was no answer.
-        code: The problem's code; `unreachable` if there was no answer.
-        detail: What was found and what was expected.
-        problem: The whole problem document.
-    """
-
-    def __init__(
-        self, status: int, code: str, detail: str, problem: Mapping[str, Any] | None = None
-    ) -> None:
-        super().__init__(f"{code} ({status}): {detail}")
-        self.status = status
-        self.code = code
-        self.detail = detail
-        self.problem = dict(problem or {})
-
-
 class Client:
     """One service and one token; a context manager. Safe to use from several threads."""
 
     def __init__(self, base_url: str, token: str, *, timeout_s: float = 60.0) -> None:
         url = httpx.URL(base_url)
         self._timeout_s = timeout_s
+        self._reading_timeout = httpx.Timeout(timeout_s, read=None)  # reading a scan takes a while
         self._http = httpx.Client(
             base_url=url.copy_with(path=url.path.rstrip("/") + "/api/v1/"),
             headers={"Authorization": f"Bearer {token}"},
@@ -98,28 +86,60 @@ class Client:
         series_uid: str | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> schemas.Volume:
-        """Stream a scan to the service.
+        """Send a scan to the service.
+
+        A file of more than `PIECES_FROM_BYTES` goes in pieces: when the connection breaks, the
+        service is restarted, or this program is (and calls again), one piece is sent again.
 
         Args:
             path: NIfTI, zip of DICOM, or a multi-frame DICOM file.
             kind: What its voxels are.
             subject: A pseudonym of the patient.
             series_uid: Which series of an archive with several.
-            on_progress: Told the number of bytes sent so far.
+            on_progress: Told the number of bytes that have arrived so far.
         """
-        wanted = {"kind": kind, "subject": subject, "series_uid": series_uid}
-        answer = self._once(
-            "POST",
-            "volumes",
-            params={name: value for name, value in wanted.items() if value is not None},
-            content=_chunks(path, on_progress),
-            headers={
-                "Content-Type": "application/octet-stream",
-                "Content-Length": str(path.stat().st_size),
-            },
-            timeout=httpx.Timeout(self._timeout_s, read=None),  # reading a scan takes a while
+        if path.stat().st_size <= PIECES_FROM_BYTES:
+            return self.upload_whole(
+                path, kind=kind, subject=subject, series_uid=series_uid, on_progress=on_progress
+            )
+        return send_in_pieces(
+            self._once,
+            path,
+            described(kind=kind, subject=subject, series_uid=series_uid),
+            on_progress=on_progress,
+            patience_s=PATIENCE_S,
+            complete_timeout=self._reading_timeout,
         )
-        return schemas.Volume.model_validate_json(answer.content)
+
+    def upload_whole(
+        self,
+        path: Path,
+        *,
+        kind: Literal["image", "labels"] = "image",
+        subject: str | None = None,
+        series_uid: str | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> schemas.Volume:
+        """Send a scan in one request; a break means that all of it is sent again."""
+        for number in range(NUM_TRIES):
+            try:
+                answer = self._once(
+                    "POST",
+                    "volumes",
+                    params=described(kind=kind, subject=subject, series_uid=series_uid),
+                    content=_chunks(path, on_progress),
+                    headers={
+                        "Content-Type": "application/octet-stream",
+                        "Content-Length": str(path.stat().st_size),
+                    },
+                    timeout=self._reading_timeout,
+                )
+                return schemas.Volume.model_validate_json(answer.content)
+            except ApiError as error:  # the same bytes are the same volume: safe to send again
+                if not error.is_transient or number == NUM_TRIES - 1:
+                    raise
+                time.sleep(0.25 * 2**number)
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def volume(self, volume_id: str) -> schemas.Volume:
         """A volume by id."""
@@ -367,8 +387,7 @@ class Client:
             try:
                 return self._once(method, path, **how)
             except ApiError as error:
-                is_transient = error.status in TRANSIENT or error.code == "unreachable"
-                if not is_transient or number == NUM_TRIES - 1:
+                if not error.is_transient or number == NUM_TRIES - 1:
                     raise
                 time.sleep(0.25 * 2**number)
         raise AssertionError("unreachable: the last try returns or raises")
@@ -377,8 +396,8 @@ class Client:
         try:
             answer = self._http.request(method, path, **how)
         except httpx.TransportError as error:
-            raise _unreachable(error) from error
-        _check(answer)
+            raise unreachable(error) from error
+        check(answer)
         return answer
 
     def _download(self, path: str, target: Path) -> None:
@@ -388,13 +407,13 @@ class Client:
             with self._http.stream("GET", path) as answer:
                 if answer.is_error:
                     answer.read()
-                _check(answer)
+                check(answer)
                 with draft.open("wb") as file:
                     for chunk in answer.iter_bytes(CHUNK_BYTES):
                         file.write(chunk)
             draft.replace(target)
         except httpx.TransportError as error:
-            raise _unreachable(error) from error
+            raise unreachable(error) from error
         finally:
             draft.unlink(missing_ok=True)
 
@@ -410,7 +429,7 @@ class Client:
             ) as answer:
                 if answer.is_error:
                     answer.read()
-                _check(answer)
+                check(answer)
                 for line in answer.iter_lines():
                     name, _, value = line.partition(": ")
                     if name == "data":
@@ -418,7 +437,7 @@ class Client:
                     if deadline is not None and time.monotonic() > deadline:
                         return
         except httpx.TransportError as error:
-            raise _unreachable(error) from error
+            raise unreachable(error) from error
 
     def _listed(self, run_id: str, after: int) -> Iterator[schemas.Event]:
         """Events after `after` by asking, as many as there are now."""
@@ -450,20 +469,3 @@ def _chunks(path: Path, on_progress: Callable[[int], None] | None) -> Iterator[b
 
 def _plain(recipe: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
     return recipe.model_dump(mode="json") if isinstance(recipe, BaseModel) else dict(recipe)
-
-
-def _check(answer: httpx.Response) -> None:
-    if not answer.is_error:
-        return
-    try:
-        found = schemas.Problem.model_validate_json(answer.content)
-    except ValueError:  # not from the service: a proxy's page
-        raise ApiError(
-            answer.status_code, "no_problem", f"HTTP {answer.status_code} without a problem"
-        ) from None
-    findings = "".join(f"; {one.pointer}: {one.message}" for one in found.errors or ())
-    raise ApiError(found.status, found.code, found.detail + findings, found.model_dump(mode="json"))
-
-
-def _unreachable(error: httpx.TransportError) -> ApiError:
-    return ApiError(0, "unreachable", f"the service does not answer ({type(error).__name__})")

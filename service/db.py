@@ -199,6 +199,33 @@ class Volume(Base):
     )
 
 
+class Upload(Base):
+    """A file that comes in pieces; complete when it became a volume, and swept when it is stale.
+
+    `received_bytes` are checked and on the disk (fsync before commit); empty text is "not given".
+    """
+
+    __tablename__ = "upload"
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    received_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    kind: Mapped[str] = mapped_column(String(10))
+    subject: Mapped[str] = mapped_column(String(64), default="")
+    series_selector: Mapped[str] = mapped_column(String(64), default="")
+    volume_id: Mapped[str | None] = mapped_column(
+        ForeignKey("volume.id", ondelete="CASCADE"), index=True
+    )
+    created_by: Mapped[str] = mapped_column(String(40))
+    created_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=db_now(), index=True)
+    __table_args__ = (
+        UniqueConstraint("created_by", "sha256", "kind", "subject", "series_selector"),
+        CheckConstraint("kind IN ('image', 'labels')", name="kind"),
+        CheckConstraint("received_bytes BETWEEN 0 AND size_bytes", name="received_bytes"),
+    )
+
+
 class Dataset(Base):
     """An immutable list of volumes with labels and a split by subject."""
 

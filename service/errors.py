@@ -6,6 +6,7 @@ sent, since it may be a patient's name, and never shows the text of an unexpecte
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import traceback
@@ -25,7 +26,10 @@ from models.bundle import BundleError
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-_FIELD = re.compile(r"[a-z0-9_]{1,40}|idempotency-key|last-event-id|if-match|prefer", re.ASCII)
+_FIELD = re.compile(
+    r"[a-z0-9_]{1,40}|idempotency-key|last-event-id|if-match|prefer|content-(range|digest)",
+    re.ASCII,
+)
 
 
 class Kind(NamedTuple):
@@ -44,6 +48,10 @@ _REQUEST = {
     "unsupported_media_type": Kind(415, "The body's media type is not supported"),
     "request_too_large": Kind(413, "The request body is larger than allowed"),
     "precondition_failed": Kind(412, "The resource has changed since it was read"),
+    "upload_offset_mismatch": Kind(409, "The piece does not begin where the upload has got to"),
+    "upload_incomplete": Kind(409, "Bytes of the upload are still missing"),
+    "upload_busy": Kind(409, "Another request is working on the upload"),
+    "digest_mismatch": Kind(422, "The bytes do not have the digest that was announced"),
     "idempotency_mismatch": Kind(422, "The idempotency key was used for another request"),
     "idempotency_in_flight": Kind(409, "The first request with this key is still being answered"),
     "request_failed": Kind(400, "The request could not be served"),
@@ -54,6 +62,7 @@ _SCANS = {
     "empty_archive": Kind(422, "The archive has no scan in it"),
     "several_series": Kind(422, "The archive has several series; one must be chosen"),
     "no_such_series": Kind(422, "The archive does not have the series that was asked for"),
+    "mixed_patients": Kind(422, "One series holds images of several patients"),
     "unsupported_transfer_syntax": Kind(422, "The DICOM transfer syntax is not supported"),
     "unsupported_format": Kind(422, "The file format is not supported"),
     "not_three_dimensional": Kind(422, "The scan is not a three-dimensional volume"),
@@ -67,6 +76,7 @@ _SCANS = {
     "non_finite_voxels": Kind(422, "The scan has voxels that are not finite numbers"),
     "labels_not_integers": Kind(422, "A label volume must hold whole numbers from 0 to 255"),
     "archive_unsafe": Kind(422, "The archive is not safe to open"),
+    "burned_in_annotation": Kind(422, "The pixels may show who the patient is"),
     "too_large": Kind(413, "The scan is larger than allowed"),
 }
 _RESOURCES = {
@@ -171,6 +181,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(DataError, _refused_by_database)
     app.add_exception_handler(OperationalError, _database_unavailable)
     app.add_exception_handler(InterfaceError, _database_unavailable)
+    app.add_exception_handler(OSError, _disk_full)
 
 
 def unexpected(request: Request, error: Exception) -> JSONResponse:
@@ -274,6 +285,14 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
         allowed = (error.headers or {}).get("Allow", "other methods")
         detail = f"{request.method} was sent, {allowed} is supported"
     return problem(request, error.status_code, code, detail, headers=error.headers)
+
+
+def _disk_full(request: Request, error: Exception) -> JSONResponse:
+    """A disk that filled up while it was written to; any other fault of the system is ours."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    logger.error("request %s: the disk is full", request_id_of(request))
+    return problem(request, 507, "insufficient_storage", "the disk is full")
 
 
 def _refused_by_database(request: Request, error: Exception) -> JSONResponse:

@@ -19,6 +19,7 @@ _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 _TIME = "2026-11-24T04:12:00Z"
 
 VolumeId = Annotated[str, Field(pattern=r"^vol_[0-9a-f]{32}$", examples=[f"vol_{_HEX}"])]
+UploadId = Annotated[str, Field(pattern=r"^upl_[0-9a-f]{32}$", examples=[f"upl_{_HEX}"])]
 DatasetId = Annotated[str, Field(pattern=r"^ds_[0-9a-f]{32}$", examples=[f"ds_{_HEX}"])]
 RunId = Annotated[str, Field(pattern=r"^(run|seg|emb)_[0-9a-f]{32}$", examples=[f"run_{_HEX}"])]
 SegmentationId = Annotated[str, Field(pattern=r"^seg_[0-9a-f]{32}$", examples=[f"seg_{_HEX}"])]
@@ -132,6 +133,7 @@ class SkippedMember(Answer):
 
     member: int
     reason: str
+    sop_uid: str = Field("", description="SOP instance UID; empty where there is none.")
 
 
 class Volume(Answer):
@@ -155,6 +157,8 @@ class Volume(Answer):
                     "sha256": _SHA,
                     "size_bytes": 1234567,
                     "skipped": [],
+                    "num_used": 60,
+                    "notes": [],
                     "created_at": _TIME,
                 }
             ]
@@ -171,10 +175,16 @@ class Volume(Answer):
     affine: Matrix = Field(description="Voxel to RAS+, mm.")
     source_shape: Size
     source_affine: Matrix = Field(description="Of the file as it was sent; voxel to RAS+, mm.")
-    sha256: Sha256 = Field(description="Of the bytes as they were sent.")
+    sha256: Sha256 = Field(description="Of the kept file: what was sent, without identities.")
     size_bytes: int
     skipped: tuple[SkippedMember, ...] = Field(
         (), description="Archive members that were not read, by index."
+    )
+    num_used: int = Field(0, description="Members that the volume is made of: all the others.")
+    notes: tuple[str, ...] = Field(
+        (),
+        description="What was decided or done: which of two affines was used, that a tilted series "
+        "was resampled.",
     )
     created_at: datetime
 
@@ -183,6 +193,63 @@ class VolumePage(Page[Volume]):
     """Part of a listing of volumes."""
 
     model_config = ConfigDict(frozen=True, json_schema_extra=_page_of(Volume))
+
+
+class UploadCreate(Ask):
+    """A scan that will come in pieces."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"size_bytes": 268435456, "sha256": _SHA, "subject": "subject-001"}]
+        },
+    )
+
+    size_bytes: Annotated[int, Field(ge=1, lt=2**53, description="Of the whole file.")]
+    sha256: Sha256 = Field(description="Of the whole file.")
+    kind: VolumeKind = "image"
+    subject: Subject | None = None
+    series_uid: SeriesUid | None = Field(None, description="Which series of an archive.")
+
+
+class Upload(Answer):
+    """A scan that comes in pieces, and how far it has got."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": f"upl_{_HEX}",
+                    "state": "open",
+                    "size_bytes": 268435456,
+                    "offset_bytes": 8388608,
+                    "chunk_bytes": 8388608,
+                    "sha256": _SHA,
+                    "kind": "image",
+                    "subject": "subject-001",
+                    "series_uid": None,
+                    "volume_id": None,
+                    "created_at": _TIME,
+                    "expires_at": "2026-11-25T04:12:00Z",
+                }
+            ]
+        },
+    )
+
+    id: UploadId
+    state: Literal["open", "complete"]
+    size_bytes: int
+    offset_bytes: int = Field(description="Where the next piece begins: so much is on the disk.")
+    chunk_bytes: int = Field(description="The most that one piece may hold.")
+    sha256: Sha256
+    kind: VolumeKind
+    subject: str | None
+    series_uid: str | None
+    volume_id: VolumeId | None = Field(description="What it became.")
+    created_at: datetime
+    expires_at: datetime = Field(description="When it is forgotten, unless a piece comes before.")
 
 
 # Datasets

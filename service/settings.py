@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from imaging.identity import Policy
+
 GIB = 1024**3
 
 
@@ -79,8 +81,27 @@ class Settings(BaseSettings):
     max_upload_bytes: PositiveInt = Field(
         default=8 * GIB, description="Largest upload that is accepted."
     )
+    upload_hours: PositiveFloat = Field(
+        default=24.0, description="How long an upload in pieces may rest before it is forgotten."
+    )
+    readers: PositiveInt = Field(
+        default=4, description="Scans that the API reads at once; each may take 4 GiB of memory."
+    )
     min_free_bytes: int = Field(
         default=1 * GIB, ge=0, description="Free disk space below which uploads are refused (507)."
+    )
+    deidentify: bool = Field(
+        default=True,
+        description="Remove patients' identities from every upload before it is kept.",
+    )
+    deidentify_dates: Literal["remove", "shift"] = Field(
+        default="remove",
+        description="Remove dates and times, or `shift` the dates of a patient by a secret number "
+        "of days.",
+    )
+    accept_burned_in: bool = Field(
+        default=False,
+        description="Take in images whose pixels may show names (burned-in annotation, screens).",
     )
     session_cache_bytes: PositiveInt = Field(
         default=4 * GIB, description="Total size of the models an inference worker keeps loaded."
@@ -139,6 +160,12 @@ class Settings(BaseSettings):
         if not self.database_url.startswith(("sqlite:", "postgresql+psycopg:")):
             raise ValueError("database_url must start with sqlite: or postgresql+psycopg:")
         return self
+
+    def policy(self) -> Policy | None:
+        """How identities are removed from uploads; None leaves them as they come."""
+        if not self.deidentify:
+            return None
+        return Policy(dates=self.deidentify_dates, accept_burned_in=self.accept_burned_in)
 
     def shown(self, name: str) -> str:
         """A setting's value for a person to read; passwords in URLs are masked."""

@@ -1,6 +1,7 @@
 """The store: files named by their SHA-256, published by rename, inside the data folder.
 
     store/tmp/<uuid>            being written (same file system, so the rename is atomic)
+    store/uploads/<id>/bytes    coming in pieces (service/uploads.py); survives a restart
     store/blobs/ab/<sha256>     a finished file; never changes
     store/bundles/<digest>/     a model bundle (models/bundle.py)
     work/<run id>/              a training run's recipe, checkpoints and events; survives a restart
@@ -11,15 +12,17 @@ never lacks its file; a file may lack its row and is swept later (reliability.md
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from models import bundle
 from service.errors import ServiceError
@@ -88,6 +91,83 @@ class Receiver:
         self.path.unlink(missing_ok=True)
 
 
+class Draft:
+    """A file that comes in pieces, held by one request at a time; made by `Store.draft`.
+
+    What lies beyond the offset that a piece begins at is the rest of one that broke off (a killed
+    process cannot clean up): it is cut away.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "bytes"
+
+    @property
+    def size(self) -> int:
+        """Bytes that are there, whole pieces or not."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    @contextlib.contextmanager
+    def piece(self, offset: int, size: int, sha256: str) -> Iterator[Piece]:
+        """Append a piece: it is kept whole and on the disk (fsync), or not at all.
+
+        Args:
+            offset: Where it begins, `self.size` at most.
+            size: How many bytes it must have.
+            sha256: Its digest.
+
+        Raises:
+            ServiceError: 422 `digest_mismatch` for other bytes, or fewer or more of them.
+        """
+        is_new = not self.path.exists()
+        with self.path.open("ab") as file:
+            file.truncate(offset)
+            piece = Piece(file, size)
+            try:
+                yield piece
+                piece.check(sha256)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(offset)
+                raise
+        if is_new:
+            fsync(self.path.parent)
+            fsync(self.path.parent.parent)
+
+    def clear(self) -> None:
+        """Forget every byte."""
+        self.path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the file and its folder."""
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+class Piece:
+    """A piece of a draft, being received."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._left = size
+        self._hash = hashlib.sha256()
+
+    def write(self, chunk: bytes) -> None:
+        """Append bytes and hash them."""
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise ServiceError(422, "digest_mismatch", "the piece is longer than its Content-Range")
+        self._hash.update(chunk)
+        self._file.write(chunk)
+
+    def check(self, sha256: str) -> None:
+        """Whether all bytes came, and the right ones."""
+        if self._left or self._hash.hexdigest() != sha256:
+            found = f"{self._left} bytes too few" if self._left else "other bytes"
+            raise ServiceError(
+                422, "digest_mismatch", f"the piece came with {found}; send it again"
+            )
+
+
 class Store:
     """Content-addressed files of one data folder; safe to use from several processes."""
 
@@ -97,8 +177,9 @@ class Store:
         self.tmp = self.data_dir / "store" / "tmp"
         self.blobs = self.data_dir / "store" / "blobs"
         self.bundles = self.data_dir / "store" / "bundles"
+        self.uploads = self.data_dir / "store" / "uploads"
         self.work = self.data_dir / "work"
-        for folder in (self.tmp, self.blobs, self.bundles, self.work):
+        for folder in (self.tmp, self.blobs, self.bundles, self.uploads, self.work):
             folder.mkdir(parents=True, exist_ok=True)
 
     def receive(self, *, max_bytes: int | None = None) -> Receiver:
@@ -119,6 +200,46 @@ class Store:
         sha256 = receiver.close()
         self._publish(receiver.path, self.path_of(sha256))
         return sha256, receiver.size
+
+    @contextlib.contextmanager
+    def draft(self, upload_id: str) -> Iterator[Draft]:
+        """The file of an upload in pieces, for this request alone, in any process.
+
+        The lock is the kernel's (flock on the folder), so it ends with a killed process.
+
+        Raises:
+            ServiceError: 409 `upload_busy` while another request has it.
+        """
+        folder = self.uploads / upload_id
+        folder.mkdir(exist_ok=True)
+        descriptor = _locked(folder)
+        if descriptor is None:
+            raise ServiceError(
+                409,
+                "upload_busy",
+                "another request is sending to this upload or completing it",
+                headers={"Retry-After": "1"},
+            )
+        try:
+            yield Draft(folder)
+        finally:
+            with contextlib.suppress(OSError):  # it has bytes, or is gone
+                folder.rmdir()
+            os.close(descriptor)
+
+    def link_file(self, path: Path, sha256: str) -> None:
+        """Store a received file under its digest, which the caller has checked; `path` stays.
+
+        The file gets a second name (a hard link), so that whatever happens to the one, a request
+        that completes an upload can be repeated from the other.
+        """
+        target = self.path_of(sha256)
+        target.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.link(path, target)
+        os.utime(target)  # counts as fresh for the sweep
+        fsync(target.parent)
+        fsync(self.blobs)
 
     def put_file(self, path: Path) -> tuple[str, int]:
         """Copy a file of ours (a mask, a canonical volume) into the store.
@@ -222,6 +343,10 @@ class Store:
         """Remove temporary files that nobody finished; returns how many."""
         return sum(_remove(path) for path in _older(self.tmp.iterdir(), older_than_s))
 
+    def stale_drafts(self, older_than_s: float) -> list[Path]:
+        """Folders of uploads in pieces into which nothing came for so long."""
+        return _older(self.uploads.iterdir(), older_than_s)
+
     def unreferenced(self, referenced: set[str], *, older_than_s: float = 24 * HOUR_S) -> list[str]:
         """Digests of stored files that are old enough and not among `referenced`."""
         old = _older(self.blobs.glob("*/*"), older_than_s)
@@ -245,6 +370,23 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None while somebody else has it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # removed just now by whoever had it
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = os.fstat(descriptor).st_ino == folder.stat().st_ino  # else a removed one
+    except OSError:
+        is_there = False
+    if not is_there:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _older(paths: Iterable[Path], seconds: float) -> list[Path]:

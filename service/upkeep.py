@@ -17,7 +17,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import celery_app, db, runs, volumes
+from service import celery_app, db, runs, uploads, volumes
 from service.db import Idempotency, Run, RunState, WorkerHeartbeat, db_now
 from service.errors import ServiceError
 from service.settings import Settings
@@ -68,6 +68,7 @@ def sweep(sessions: sessionmaker[Session], store: Store, settings: Settings) -> 
     """Remove what is over: temporary and unreferenced files, old keys, dead workers' rows."""
     store.sweep()
     with sessions() as session:
+        uploads.sweep(session, store, older_than_s=settings.upload_hours * 3600.0)
         volumes.sweep_blobs(session, store)
         hours = settings.idempotency_hours
         session.execute(delete(Idempotency).where(Idempotency.created_at < db_now(-hours * 3600.0)))

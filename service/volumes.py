@@ -1,6 +1,7 @@
 """Volumes: from uploaded bytes to a row, and back out.
 
-The uploaded file is kept as it came; next to it lies the canonical volume (RAS+, uncompressed
+The uploaded file is kept without patients' identities (as it came where the site turns that off);
+next to it lies the canonical volume (RAS+, uncompressed
 NIfTI) that training and inference map into memory. A row appears only when both are whole.
 """
 
@@ -16,8 +17,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from imaging import sandbox
+from imaging.identity import DEFAULT, Policy
 from imaging.sandbox import IntakeReport
-from service.auth import subject_pseudonym
+from service.auth import site_pseudonyms
 from service.db import (
     Artifact,
     Blob,
@@ -44,8 +46,12 @@ def ingest(
     subject: str | None,
     series_uid: str | None,
     principal: str,
+    policy: Policy | None = DEFAULT,
+    path: Path | None = None,
 ) -> tuple[Volume, bool]:
-    """Make a volume of a file that lies in the store under `sha256`; the caller commits.
+    """Make a volume of a file that was sent; the caller commits.
+
+    What is stored is the file without identities, unless `policy` is None.
 
     What is pending in the session is committed first, so that no transaction is open while the
     child process reads the scan. On any error nothing stays: no row, no canonical volume, and
@@ -61,6 +67,9 @@ def ingest(
             its PatientID (keyed hash), and NIfTI gets one of its own from the file's digest.
         series_uid: Which series of a DICOM archive that has several.
         principal: Id of who does it.
+        policy: How identities are removed; None keeps the file as it came.
+        path: Where the file lies, on the store's file system; the caller removes it. Without it,
+            the file lies in the store under `sha256`, and goes from there if it is replaced.
 
     Returns:
         The volume, and whether it is new (False: these bytes were there already).
@@ -68,28 +77,34 @@ def ingest(
     Raises:
         ScanError: The file is not a usable scan.
     """
-    there = _find(session, sha256, kind, subject, series_uid)
+    there = None if policy else find(session, sha256, kind, subject, series_uid)
     session.commit()
     if there is not None:
         return there, False
+    sent = [] if path else [sha256]
     try:
         with tempfile.TemporaryDirectory(dir=store.tmp) as folder:
             report = sandbox.run_intake(
-                store.verify(sha256),
+                path or store.verify(sha256),
                 Path(folder),
                 kind=cast("Literal['image', 'labels']", kind),
                 series_uid=series_uid,
+                identity=(site_pseudonyms(store.data_dir), policy) if policy else None,
             )
             voxels_sha256, voxels_size = store.put_file(report.volume_path)
+            if report.original_path is not None:
+                sha256, size = store.put_file(report.original_path)
+            elif path is not None:
+                store.link_file(path, sha256)
     except BaseException:
-        _discard(session, store, sha256)
+        _discard(session, store, *sent)
         raise
+    if report.original_path is not None:
+        _discard(session, store, *(set(sent) - {sha256}))
+    if report.deidentified is not None:
+        series_uid = report.deidentified["series_uid"] or None
     if subject is None:
-        subject = (
-            subject_pseudonym(store.data_dir, report.patient_key)
-            if report.patient_key
-            else f"sub_{sha256[:16]}"
-        )
+        subject = _subject_of(report, store) or f"sub_{sha256[:16]}"
     try:
         return _insert(
             session,
@@ -196,9 +211,10 @@ def record_blob(session: Session, store: Store, sha256: str, size: int) -> None:
     insert_if_absent(session, Blob, sha256=sha256, size_bytes=size)
 
 
-def _find(
+def find(
     session: Session, sha256: str, kind: str, subject: str | None, series_uid: str | None
 ) -> Volume | None:
+    """The volume that these bytes became, if they did; of any subject where none is named."""
     statement = select(Volume).where(
         Volume.original_sha256 == sha256,
         Volume.kind == kind,
@@ -214,7 +230,7 @@ def _insert(
 ) -> tuple[Volume, bool]:
     for sha256 in sorted(sizes):  # one order, so that two requests never wait for each other
         record_blob(session, store, sha256, sizes[sha256])
-    there = _find(
+    there = find(
         session,
         volume.original_sha256,
         volume.kind,
@@ -226,6 +242,14 @@ def _insert(
     session.add(volume)
     session.flush()
     return volume, True
+
+
+def _subject_of(report: IntakeReport, store: Store) -> str:
+    """The patient's pseudonym; empty where the scan names no patient."""
+    if not report.patient_key:
+        return ""
+    named = report.deidentified["subject"] if report.deidentified else ""
+    return named or site_pseudonyms(store.data_dir).patient(report.patient_key)
 
 
 def _facts(report: IntakeReport) -> dict[str, Any]:
@@ -241,6 +265,10 @@ def _facts(report: IntakeReport) -> dict[str, Any]:
             "dtype": str(report.dtype),
             "series_uid": report.series_uid,
             "members": [_plain(member) for member in report.members],
+            "deidentified": report.deidentified,
+            "used": [_plain(member) for member in report.used],
+            "notes": [str(note) for note in report.notes],
+            "slices": report.slices,
         },
     }
 

@@ -10,9 +10,10 @@ from typing import Annotated, cast
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session, sessionmaker
+from starlette.concurrency import run_in_threadpool
 
 from service import idempotency
-from service.auth import Principal, Role, principal
+from service.auth import Principal, Role, principal, site_pseudonyms
 from service.idempotency import Answer
 from service.routers.strict import StrictRoute
 from service.settings import Settings
@@ -102,6 +103,7 @@ class Once:
 async def _once(
     request: Request,
     sessions: Sessions,
+    store: StoreOf,
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -111,7 +113,11 @@ async def _once(
     ] = None,
 ) -> Once:
     digest = hashlib.sha256(await request.body()).hexdigest()
-    return Once(sessions, f"{request.method} {request.url.path}", idempotency_key, digest)
+    key = idempotency_key
+    if key is not None:  # callers put names of patients into keys
+        names = await run_in_threadpool(site_pseudonyms, store.data_dir)
+        key = names.text(key)
+    return Once(sessions, f"{request.method} {request.url.path}", key, digest)
 
 
 OnceOf = Annotated[Once, Depends(_once)]

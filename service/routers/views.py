@@ -25,6 +25,8 @@ def volume(row: db.Volume, size_bytes: int) -> schemas.Volume:
             "sha256": row.original_sha256,
             "size_bytes": size_bytes,
             "skipped": row.intake.get("members", []),
+            "num_used": len(row.intake.get("used", [])),
+            "notes": row.intake.get("notes", []),
             "created_at": row.created_at,
         }
     )

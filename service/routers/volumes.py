@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import Query, Request, Response
@@ -9,44 +10,22 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
+from imaging.identity import Policy
 from service import db, schemas, volumes
 from service.auth import Principal
 from service.errors import ServiceError
 from service.pagination import PageSize, PageToken, cursor_of, token_of
-from service.routers import deps, docs, files, views
-from service.storage import Receiver, Store
+from service.routers import deps, docs, files, receiving, views
+from service.storage import Store
 
-CHUNK_BYTES = 1 << 20
-MEDIA_TYPES = (
-    "application/octet-stream",
-    "application/zip",
-    "application/dicom",
-    "application/gzip",
-)
-SCAN_PROBLEMS = (
-    "not_a_scan",
-    "truncated_file",
-    "empty_archive",
-    "several_series",
-    "no_such_series",
-    "unsupported_transfer_syntax",
-    "unsupported_format",
-    "not_three_dimensional",
-    "missing_slices",
-    "duplicate_slices",
-    "uneven_spacing",
-    "gantry_tilt",
-    "bad_geometry",
-    "non_finite_voxels",
-    "labels_not_integers",
-    "archive_unsafe",
-    "too_large",
-)
 _BODY = {
     "required": True,
-    "description": "The scan's bytes as they are: NIfTI (.nii, .nii.gz), a zip of DICOM files, or "
-    "one multi-frame DICOM file. The content decides, not the media type.",
-    "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES},
+    "description": "The scan's bytes as they are: NIfTI (.nii, .nii.gz), NRRD, MetaImage (.mha), a "
+    "zip of DICOM files or of a header and its voxels (.mhd and .raw, .nhdr and .raw), or one "
+    "multi-frame DICOM file. The content decides, not the media type.",
+    "content": {
+        name: {"schema": {"type": "string", "format": "binary"}} for name in receiving.MEDIA_TYPES
+    },
 }
 
 router = deps.router("volumes")
@@ -66,7 +45,7 @@ router = deps.router("volumes")
         "unsupported_media_type",
         "request_too_large",
         "insufficient_storage",
-        *SCAN_PROBLEMS,
+        *receiving.SCAN_PROBLEMS,
     ),
 )
 async def upload_volume(
@@ -83,28 +62,31 @@ async def upload_volume(
     ] = None,
 ) -> JSONResponse:
     """Stream a scan into the store and read it in a child process; all or nothing is kept."""
-    _check_media_type(request)
-    await run_in_threadpool(_check_room, request, store, settings.max_upload_bytes)
+    receiving.check_media_type(request)
+    announced = receiving.declared_size(request) or 0
+    await run_in_threadpool(receiving.check_room, store, announced, settings.max_upload_bytes)
     writer = await run_in_threadpool(store.receive, max_bytes=settings.max_upload_bytes)
     with writer:
-        await _receive(request, writer)
+        await receiving.receive(request, writer)
         if writer.size == 0:
             raise ServiceError(422, "not_a_scan", "the request has no body; a scan was expected")
-        sha256, size = await run_in_threadpool(store.commit_blob, writer)
-    volume, is_new = await run_in_threadpool(
-        _ingest,
-        sessions,
-        store,
-        sha256,
-        size,
-        kind=kind,
-        subject=subject,
-        series_uid=series_uid,
-        caller=caller,
-    )
-    body = views.volume(volume, size).model_dump(mode="json")
-    location = f"{deps.PREFIX}/volumes/{volume.id}"
-    return JSONResponse(body, 201 if is_new else 200, headers={"Location": location})
+        sha256 = await run_in_threadpool(writer.close)
+        volume, size, is_new = await receiving.in_turn(
+            request,
+            lambda: _ingest(
+                sessions,
+                store,
+                writer.path,
+                sha256,
+                writer.size,
+                kind=kind,
+                subject=subject,
+                series_uid=series_uid,
+                caller=caller,
+                policy=settings.policy(),
+            ),
+        )
+    return receiving.volume_answer(volume, size, is_new=is_new)
 
 
 @router.get(
@@ -125,7 +107,7 @@ def list_volumes(
     page = volumes.listing(
         session, size=page_size, after=cursor_of(page_token), kind=kind, subject=subject
     )
-    items = tuple(views.volume(row, _size_of(session, row)) for row in page.items)
+    items = tuple(views.volume(row, size_of(session, row)) for row in page.items)
     return schemas.VolumePage(items=items, next_page_token=token_of(page.next))
 
 
@@ -140,7 +122,7 @@ def get_volume(
 ) -> schemas.Volume:
     """What is known of a volume."""
     row = volumes.get(session, volume_id)
-    return views.volume(row, _size_of(session, row))
+    return views.volume(row, size_of(session, row))
 
 
 @router.get(
@@ -158,10 +140,10 @@ def download_volume(
     store: deps.StoreOf,
     format: Annotated[
         Literal["nifti", "original"],
-        Query(description="RAS+ NIfTI without identifiers, or the bytes as they were sent."),
+        Query(description="RAS+ NIfTI, or what was sent, without identities."),
     ] = "nifti",
 ) -> Response:
-    """The canonical NIfTI, or the original bytes."""
+    """The canonical NIfTI, or the file it was read from."""
     row = volumes.get(session, volume_id)
     if format == "nifti":
         return files.attachment(store.path_of(row.voxels_sha256), f"{row.id}.nii")
@@ -185,47 +167,10 @@ def delete_volume(
     volumes.delete(session, store, volume_id)
 
 
-def _check_media_type(request: Request) -> None:
-    sent = request.headers.get("content-type", MEDIA_TYPES[0]).partition(";")[0].strip().lower()
-    if sent not in MEDIA_TYPES:
-        raise ServiceError(
-            415,
-            "unsupported_media_type",
-            f"the body must be the scan's bytes, sent as one of {', '.join(MEDIA_TYPES)}",
-        )
-
-
-def _check_room(request: Request, store: Store, max_bytes: int) -> None:
-    """Refuse by the declared length, before anything is read."""
-    declared = request.headers.get("content-length", "0")
-    size = int(declared) if declared.isascii() and declared.isdecimal() else 0
-    if size > max_bytes:
-        raise ServiceError(
-            413,
-            "request_too_large",
-            f"{size} bytes were announced; at most {max_bytes} are accepted",
-        )
-    if store.free_bytes() - size < store.min_free_bytes:
-        raise ServiceError(
-            507, "insufficient_storage", "too little disk space would stay free after the upload"
-        )
-
-
-async def _receive(request: Request, writer: Receiver) -> None:
-    """Write the body as it arrives, in pieces of a megabyte, never on the event loop."""
-    waiting = bytearray()
-    async for chunk in request.stream():
-        waiting += chunk
-        if len(waiting) >= CHUNK_BYTES:
-            await run_in_threadpool(writer.write, bytes(waiting))
-            waiting.clear()
-    if waiting:
-        await run_in_threadpool(writer.write, bytes(waiting))
-
-
 def _ingest(
     sessions: sessionmaker[Session],
     store: Store,
+    path: Path,
     sha256: str,
     size: int,
     *,
@@ -233,9 +178,10 @@ def _ingest(
     subject: str | None,
     series_uid: str | None,
     caller: Principal,
-) -> tuple[db.Volume, bool]:
+    policy: Policy | None,
+) -> tuple[db.Volume, int, bool]:
     with sessions() as session:
-        found = volumes.ingest(
+        volume, is_new = volumes.ingest(
             session,
             store,
             sha256,
@@ -244,12 +190,15 @@ def _ingest(
             subject=subject,
             series_uid=series_uid,
             principal=caller.id,
+            policy=policy,
+            path=path,
         )
         session.commit()
-        return found
+        return volume, size_of(session, volume), is_new
 
 
-def _size_of(session: Session, row: db.Volume) -> int:
+def size_of(session: Session, row: db.Volume) -> int:
+    """Size in bytes of the kept file."""
     blob = session.get(db.Blob, row.original_sha256)
     assert blob is not None  # a foreign key
     return blob.size_bytes

@@ -12,6 +12,7 @@ import pydicom
 import pytest
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
     MRImageStorage,
@@ -23,7 +24,7 @@ from scipy.spatial.transform import Rotation
 
 from imaging import phantom
 from imaging.dicom import read_series
-from imaging.dicom_header import read_header
+from imaging.dicom_header import quiet, read_header
 from imaging.errors import ScanError
 from imaging.volume import Volume, canonical
 
@@ -128,6 +129,73 @@ def test_signed_pixels_are_read(small, slices):
     assert np.array_equal(read_series(opened(slices)).volume.voxels, small.volume.voxels)
 
 
+def test_pixel_representation_and_negative_scales_may_change_from_slice_to_slice(small, slices):
+    for s, slice_ in enumerate(slices):
+        hu = slice_.pixel_array.astype(np.int32) - 1024
+        if s % 3 == 0:
+            slice_.PixelRepresentation, slice_.RescaleIntercept, stored = 1, "0", hu
+        elif s % 3 == 1:
+            slice_.PixelRepresentation, slice_.RescaleSlope, stored = 1, "-1", 100 - hu
+            slice_.RescaleIntercept = "100"
+        else:
+            continue
+        slice_.BitsStored, slice_.HighBit = 16, 15
+        slice_.PixelData = stored.astype("<i2").tobytes()
+
+    series = read_series(opened(slices))
+
+    assert series.volume.voxels.dtype == np.int16
+    assert np.array_equal(series.volume.voxels, small.volume.voxels)
+
+
+def test_sixteen_bits_without_sign_that_do_not_fit_int16_become_float32(slices):
+    for slice_ in slices:
+        slice_.BitsStored, slice_.HighBit, slice_.RescaleIntercept = 16, 15, "0"
+        slice_.PixelData = (slice_.pixel_array.astype(np.uint16) + 40_000).tobytes()
+
+    series = read_series(opened(slices))
+
+    stored = np.stack([s.pixel_array for s in slices], axis=-1)
+    assert series.volume.voxels.dtype == np.float32
+    assert np.array_equal(series.volume.voxels, stored[::-1, ::-1].transpose(1, 0, 2))
+
+
+def test_bytes_and_big_endian_and_implicit_pixels_are_read(small, slices):
+    wanted = np.clip(small.volume.voxels + 1024, 0, 255) - 1024
+    for s, slice_ in enumerate(slices):
+        stored = np.clip(slice_.pixel_array, 0, 255)
+        if s % 3 == 0:
+            slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit = 8, 8, 7
+            slice_.PixelData = stored.astype(np.uint8).tobytes() + bytes(stored.size % 2)
+            slice_["PixelData"].VR = "OB"
+        elif s % 3 == 1:
+            slice_.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+            slice_.PixelData = stored.astype("<u2").tobytes()
+        else:
+            slice_.PixelData = stored.astype("<u2").tobytes()
+
+    assert np.array_equal(read_series(opened(slices)).volume.voxels, wanted)
+
+
+def test_a_header_longer_than_what_is_read_at_first_is_read(small, slices):
+    for s, slice_ in enumerate(slices):
+        block = slice_.private_block(0x0009, "PCRL TEST", create=True)
+        block.add_new(1, "OB", bytes(15_000 + 200 * s))
+        slice_.add_new(0x00190010, "LO", "PCRL TEST")
+        slice_.add_new(0x00191001, "OB", bytes(400_000 if s == 3 else 10))
+
+    assert np.array_equal(read_series(opened(slices)).volume.voxels, small.volume.voxels)
+
+
+def test_a_run_of_zeros_is_not_parsed_to_its_end():
+    content = bytes(128) + b"DICM" + bytes(3_000_000)
+
+    with pytest.raises(ScanError) as caught:
+        read_series([lambda: BytesIO(content)])
+
+    assert caught.value.code == "not_a_scan"
+
+
 def test_missing_slices_are_refused_by_name(slices):
     del slices[7:9]
 
@@ -143,17 +211,37 @@ def test_two_images_at_one_place_are_refused_and_the_same_image_twice_is_not(sli
     again = read_series(opened([*slices, twin]))
 
     assert [one.reason for one in again.unused] == ["the same image as another file"]
+    assert [one.sop_uid for one in again.unused] == [twin.SOPInstanceUID]
     twin.SOPInstanceUID = twin.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    renamed = read_series(opened([*slices, twin]))
+    assert "same pixels at the same place" in renamed.unused[0].reason
+    twin.RescaleIntercept = "-1000"
     error = refusal([*slices, twin])
     assert error.code == "duplicate_slices"
     assert len(error.extra["members"]) == 2
+    assert {twin.SOPInstanceUID, slices[4].SOPInstanceUID} == set(error.extra["sop_uids"])
 
 
-def test_uneven_gaps_are_refused_by_name(slices):
+def test_gaps_too_wide_to_be_filled_are_refused_by_name(slices):
     for s, slice_ in enumerate(slices):
-        move(slice_, (0, 0, 0.02 * s * s))
+        move(slice_, (0, 0, 0.02 * s * s))  # gaps of 12 mm and more
 
     assert refusal(slices).code == "uneven_spacing"
+
+
+def test_uneven_gaps_are_resampled_by_place_or_refused_by_name(slices):
+    for s, slice_ in enumerate(slices):
+        move(slice_, (0, 0, -5 * s + 0.02 * s * s))  # gaps of 7 to 7.8 mm
+
+    series = read_series(opened(slices))
+
+    assert refusal(slices, may_resample=False).code == "uneven_spacing"
+    assert series.slices is not None
+    assert "uneven_spacing" in series.notes[0]
+    assert 6.6 < series.volume.spacing_mm[2] < 7.02
+    top = series.volume.affine @ [0, 0, series.volume.shape[2] - 1, 1]
+    assert top[2] == pytest.approx(float(slices[-1].ImagePositionPatient[2]), abs=1e-6)
+    assert [u.sop_uid for u in series.slice_files] == [s.SOPInstanceUID for s in slices]
 
 
 def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(slices):
@@ -163,14 +251,81 @@ def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(slices):
     assert read_series(opened(slices)).volume.shape[2] == len(slices)
 
 
-def test_gantry_tilt_is_refused_by_name(slices):
+def test_gantry_tilt_is_resampled_by_place_or_refused_by_name(small, slices):
     for s, slice_ in enumerate(slices):
         move(slice_, (0, 1.5 * s, 0))
 
-    error = refusal(slices)
+    series = read_series(opened(slices))
+    error = refusal(slices, may_resample=False)
+
+    assert "gantry_tilt" in series.notes[0]
+    assert series.volume.shape == (45, 39 + 4, 21), "room for 30 mm of 9 mm pixels"
+    assert np.array_equal(series.volume.voxels[:, 4:, 0], small.volume.voxels[:, :, 0])
 
     assert error.code == "gantry_tilt"
     assert error.extra["angle_deg"] == pytest.approx(np.degrees(np.arctan(1.5 / 12)), abs=0.01)
+
+
+def test_what_lies_too_far_over_is_no_tilt(slices):
+    for s, slice_ in enumerate(slices):
+        move(slice_, (0, 13.0 * s, 0))
+
+    assert refusal(slices).code == "gantry_tilt"
+
+
+def test_every_file_is_used_or_explained(slices):
+    slices[-1].SeriesInstanceUID = "2.25.77"
+    files = [*opened(slices), lambda: BytesIO(b"notes of the ward " * 20)]
+
+    series = read_series(files, series_uid=slices[0].SeriesInstanceUID)
+
+    told = [one.member for one in series.used] + [one.member for one in series.unused]
+    assert sorted(told) == list(range(len(files)))
+    known = {s.SOPInstanceUID for s in slices}
+    assert {one.sop_uid for one in (*series.used, *series.unused)} == known | {""}
+
+
+def test_a_refusal_explains_the_files_that_are_no_images(slices):
+    capture = copy.deepcopy(slices[0])
+    capture.SOPClassUID = capture.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    capture.SOPInstanceUID = capture.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    del slices[7:9]
+
+    error = refusal([*slices, capture])
+
+    assert error.code == "missing_slices"
+    (told,) = error.extra["files"]
+    assert told["sop_uid"] == capture.SOPInstanceUID
+    assert "Secondary Capture" in told["reason"]
+
+
+def test_one_series_of_two_patients_is_refused(slices):
+    slices[2].PatientID = "OTHER"
+
+    error = refusal(slices)
+
+    assert error.code == "mixed_patients"
+    assert "OTHER" not in f"{error} {error.extra}"
+
+
+def test_text_where_a_uid_should_be_is_not_repeated(slices):
+    with quiet():
+        for s, slice_ in enumerate(slices):
+            slice_.SeriesInstanceUID = "CANARY^NAME" if s < 11 else "2.25.5"
+            slice_.SOPInstanceUID = f"CANARY^{s}"
+            slice_.Modality = "CANARY"
+        files = opened(slices)
+
+    with pytest.raises(ScanError) as caught:
+        read_series(files)
+    choices = caught.value.extra["series"]
+    chosen = [read_series(files, series_uid=choice["series_uid"]) for choice in choices]
+
+    assert caught.value.code == "several_series"
+    assert "CANARY" not in f"{caught.value} {caught.value.extra}"
+    assert {choice["modality"] for choice in choices} == {"CT"}
+    assert sorted(series.volume.shape[2] for series in chosen) == [10, 11]
+    assert all(used.sop_uid.startswith("2.25.") for series in chosen for used in series.used)
 
 
 def test_slices_shifted_in_plane_are_refused(slices):
@@ -283,7 +438,7 @@ def test_geometry_that_is_missing_or_not_finite_is_refused(slices):
 
 
 def test_a_deflated_bomb_is_stopped_by_a_cap(slices, monkeypatch):
-    monkeypatch.setattr("imaging.dicom_header.MAX_INFLATED_BYTES", 100_000)
+    monkeypatch.setattr("imaging.dicom_file.MAX_INFLATED_BYTES", 100_000)
     slices[0].file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     slices[0].PixelData = bytes(1_000_000)
     buffer = BytesIO()

@@ -9,14 +9,17 @@ from io import BytesIO
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 
 from imaging.dicom import read_series
 from imaging.dicom_header import read_header, read_pixels
 from imaging.errors import ScanError
 from imaging.intake import read_scan
-from imaging.volume import canonical
+from imaging.slices import to_slices
+from imaging.volume import canonical, on_source_grid
 
+GE = "dicom_series/ge_head_tilt_variable_spacing.zip"
 CODECS = [
     "BigEndianExplicitTransferSyntax_1.2.840.10008.1.2.2",
     "DeflatedExplicitVRLittleEndianTransferSyntax_1.2.840.10008.1.2.1.99",
@@ -57,11 +60,40 @@ def test_real_series_agree_with_dcm2niix(data, name):
     assert scan.volume.voxels.max() == output["max"]
 
 
-def test_tilt_and_uneven_gaps_are_refused_by_name(data):
-    error = refusal(data / "dicom_series/ge_head_tilt_variable_spacing.zip")
+def test_tilt_and_uneven_gaps_are_resampled_with_a_way_back(data):
+    path = data / "dicom_series/ge_head_tilt_variable_spacing.zip"
 
-    assert error.code in ("gantry_tilt", "uneven_spacing")
-    assert error.extra["angle_deg"] == pytest.approx(18.5, abs=0.1)
+    scan = read_scan(path, kind="image")
+
+    assert scan.slices is not None
+    assert scan.source.shape[:2] == (512, 611), "as dcm2niix' corrected output"
+    assert len(scan.slice_files) == 28
+    assert "18.5 degrees" in scan.notes[0]
+    with pytest.raises(ScanError) as caught:
+        read_scan(path, kind="labels")
+    assert caught.value.code == "gantry_tilt"
+    assert caught.value.extra["angle_deg"] == pytest.approx(18.5, abs=0.1)
+
+
+def test_bone_found_on_the_regular_grid_is_bone_on_the_slices_that_were_sent(data):
+    path = data / GE
+    scan = read_scan(path, kind="image")
+    level = np.percentile(scan.volume.voxels, 90)
+    mask = on_source_grid((scan.volume.voxels > level).astype(np.uint8), scan.source)
+
+    on_slices = to_slices(mask, scan.source, scan.slices)
+
+    with zipfile.ZipFile(path) as archive:
+        files = [archive.read(m) for m in archive.infolist() if not m.is_dir()]
+    slices = [pydicom.dcmread(BytesIO(files[used.member])) for used in scan.slice_files]
+    assert [s.SOPInstanceUID for s in slices] == [used.sop_uid for used in scan.slice_files]
+    values = [s.pixel_array * float(s.RescaleSlope) + float(s.RescaleIntercept) for s in slices]
+    bone = np.stack(values, axis=-1).transpose(1, 0, 2) > level
+    both = np.count_nonzero(bone & (on_slices == 1))
+    assert 2 * both / (bone.sum() + on_slices.sum()) > 0.93
+    moved = np.roll(on_slices, 2, axis=1)  # the negative control: two pixels aside
+    both = np.count_nonzero(bone & (moved == 1))
+    assert 2 * both / (bone.sum() + moved.sum()) < 0.9
 
 
 @pytest.mark.parametrize(
@@ -98,7 +130,6 @@ def test_a_study_of_several_series_must_be_chosen_from(data):
 @pytest.mark.parametrize(
     ("folder", "code"),
     [
-        ("ct_gantry_tilt_siemens", "gantry_tilt"),
         ("ct_missing_slice_ge", "missing_slices"),
         ("ct_not_a_volume", "duplicate_slices"),
     ],

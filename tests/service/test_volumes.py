@@ -1,15 +1,19 @@
 """Volumes: a real scan becomes a row and two files, or nothing at all."""
 
 import io
+import stat
 import zipfile
 
 import numpy as np
+import pydicom
 import pytest
 from sqlalchemy import select
 
 from imaging import nifti
 from imaging.errors import ScanError
+from imaging.identity import DEFAULT, Policy
 from imaging.phantom import make, write_dicom_series
+from imaging.phantom_dicom import uid as phantom_uid
 from service import datasets, runs, volumes
 from service.db import Blob
 from service.errors import ServiceError
@@ -37,7 +41,22 @@ def nifti_bytes(tmp_path, seed=0, *, labels=False, shape=(12, 10, 8), affine=AFF
     return path.read_bytes()
 
 
-def ingest(session, store, content, *, kind="image", subject=None, series_uid=None):
+def two_series(tmp_path, **attributes):
+    """A zip of two patients' series, with these attributes in every file."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as target:
+        for seed in (1, 2):
+            phantom = make(seed, shape=(32, 32, 16), spacing_mm=(12.0, 12.0, 20.0))
+            for path in write_dicom_series(phantom.volume, tmp_path / str(seed), seed=seed):
+                slice_ = pydicom.dcmread(path)
+                for keyword, value in attributes.items():
+                    setattr(slice_, keyword, value)
+                slice_.save_as(path)
+                target.write(path, f"{seed}/{path.name}")
+    return archive.getvalue()
+
+
+def ingest(session, store, content, *, kind="image", subject=None, series_uid=None, policy=DEFAULT):
     with store.receive() as writer:
         writer.write(content)
         sha256, size = store.commit_blob(writer)
@@ -50,13 +69,15 @@ def ingest(session, store, content, *, kind="image", subject=None, series_uid=No
         subject=subject,
         series_uid=series_uid,
         principal="tok_test",
+        policy=policy,
     )
     session.commit()
     return volume, created
 
 
 def files_of(store):
-    return sorted(path.name for path in store.data_dir.rglob("*") if path.is_file())
+    stored = (store.data_dir / "store").rglob("*")
+    return sorted(path.name for path in stored if path.is_file())
 
 
 def test_a_nifti_file_becomes_a_canonical_volume(session, store, tmp_path):
@@ -85,7 +106,74 @@ def test_a_dicom_series_gets_a_keyed_pseudonym(session, store, tmp_path):
     assert found.modality == "CT"
     assert found.subject.startswith("sub_")
     assert len(found.subject) == 20
-    assert (store.data_dir / "secrets" / "pseudonym.key").is_file()
+    key = store.data_dir / "secrets" / "pseudonym.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert found.intake["deidentified"]["table"] == "2026c"
+    original = store.verify(found.original_sha256).read_bytes()
+    assert original != archive.getvalue()
+    with zipfile.ZipFile(io.BytesIO(original)) as kept:
+        slices = [pydicom.dcmread(io.BytesIO(kept.read(name))) for name in kept.namelist()]
+    assert len(slices) == 16
+    assert {str(slice_.PatientID) for slice_ in slices} == {found.subject}
+    assert {slice_.SeriesInstanceUID for slice_ in slices} == {found.intake["series_uid"]}
+
+
+def test_a_series_may_be_named_as_it_was_or_as_it_is_mapped(session, store, tmp_path):
+    content = two_series(tmp_path)
+    with pytest.raises(ScanError, match="several_series") as several:
+        ingest(session, store, content)
+    listed = [found["series_uid"] for found in several.value.extra["series"]]
+    sent = [str(phantom_uid(seed, "series")) for seed in (1, 2)]
+    assert not set(sent) & set(listed)
+
+    by_sent, created = ingest(session, store, content, series_uid=sent[0])
+    by_mapped, again = ingest(session, store, content, series_uid=by_sent.series_selector)
+
+    assert by_sent.series_selector in listed
+    assert (created, again) == (True, False)
+    assert by_mapped.id == by_sent.id
+    assert {member["reason"] for member in by_sent.intake["members"]} == {"part of another series"}
+    other, _ = ingest(session, store, content, series_uid=sent[1])
+    assert other.subject != by_sent.subject
+    with pytest.raises(ScanError, match="no_such_series"):
+        ingest(session, store, content, series_uid="1.2.3")
+
+
+def test_without_de_identification_the_upload_is_kept_as_it_came(session, store, tmp_path):
+    content = nifti_bytes(tmp_path)
+
+    volume, _ = ingest(session, store, content, policy=None)
+    cleaned, created = ingest(session, store, content)
+
+    assert store.verify(volume.original_sha256).read_bytes() == content
+    assert volume.intake["deidentified"] is None
+    assert created
+    assert cleaned.voxels_sha256 == volume.voxels_sha256
+    assert cleaned.original_sha256 != volume.original_sha256
+
+
+def test_the_same_patient_has_the_same_pseudonym_with_and_without(session, store, tmp_path):
+    content = two_series(tmp_path)
+    uid = str(phantom_uid(1, "series"))
+
+    plain, _ = ingest(session, store, content, series_uid=uid, policy=None)
+    cleaned, _ = ingest(session, store, content, series_uid=uid)
+
+    assert plain.subject == cleaned.subject
+    assert plain.voxels_sha256 == cleaned.voxels_sha256
+
+
+def test_an_image_with_burned_in_text_is_refused_and_nothing_is_kept(session, store, tmp_path):
+    content = two_series(tmp_path, BurnedInAnnotation="YES")
+
+    with pytest.raises(ScanError, match="burned_in_annotation: quarantined: BurnedIn"):
+        ingest(session, store, content)
+
+    assert files_of(store) == []
+    uid = str(phantom_uid(1, "series"))
+    accepted = Policy(accept_burned_in=True)
+    volume, _ = ingest(session, store, content, series_uid=uid, policy=accepted)
+    assert volume.modality == "CT"
 
 
 def test_the_same_bytes_again_are_the_same_volume(session, store, tmp_path):

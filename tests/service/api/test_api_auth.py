@@ -15,6 +15,11 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/volumes/{volume_id}"): ("viewer", {}),
     ("GET", "/volumes/{volume_id}/file"): ("viewer", {}),
     ("DELETE", "/volumes/{volume_id}"): ("researcher", {}),
+    ("POST", "/uploads"): ("annotator", {"json": {"size_bytes": 1, "sha256": "0" * 64}}),
+    ("GET", "/uploads/{upload_id}"): ("viewer", {}),
+    ("PUT", "/uploads/{upload_id}"): ("annotator", {"content": b""}),
+    ("POST", "/uploads/{upload_id}:complete"): ("annotator", {}),
+    ("DELETE", "/uploads/{upload_id}"): ("annotator", {}),
     ("GET", "/datasets"): ("viewer", {}),
     ("POST", "/datasets"): ("researcher", {"json": DATASET}),
     ("GET", "/datasets/{dataset_id}"): ("viewer", {}),
@@ -46,6 +51,7 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
 ROLES = ("viewer", "annotator", "researcher", "admin")
 IDS = {
     "volume_id": f"vol_{HEX}",
+    "upload_id": f"upl_{HEX}",
     "dataset_id": f"ds_{HEX}",
     "run_id": f"run_{HEX}",
     "segmentation_id": f"seg_{HEX}",

@@ -48,7 +48,7 @@ def test_an_upload_tells_how_much_was_sent(client, scans, tmp_path):
 
     assert (volume.subject, volume.modality) == ("by-client", "CT")
     assert sent[-1] == len(scans.zipped)
-    assert (tmp_path / "back.zip").read_bytes() == scans.zipped
+    assert (tmp_path / "back.zip").stat().st_size == volume.size_bytes
     assert client.volume(volume.id) == volume
     assert volume in client.volumes(subject="by-client")
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import gzip
+import hashlib
 import io
 import zipfile
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from sqlalchemy import select
 
@@ -23,7 +25,9 @@ def test_an_uploaded_nifti_is_described(api, scans):
     assert (body["kind"], body["subject"], body["format"]) == ("image", "described", "nifti")
     assert body["shape"] == [32, 32, 16]
     assert body["spacing_mm"] == pytest.approx([12.0, 12.0, 18.0])
-    assert body["size_bytes"] == len(scans.nifti)
+    kept = api("GET", f"/volumes/{body['id']}/file?format=original").content
+    assert body["size_bytes"] == len(kept)
+    assert body["sha256"] == hashlib.sha256(kept).hexdigest()
     assert api("GET", f"/volumes/{body['id']}").json() == body
 
 
@@ -37,11 +41,16 @@ def test_the_same_bytes_again_are_the_same_volume(api, scans, world):
     assert api.counts() == before
 
 
-def test_a_dicom_zip_downloads_as_sent_and_as_nifti(api, scans, world, tmp_path):
+def test_a_dicom_zip_downloads_without_identities_and_as_nifti(api, scans, world, tmp_path):
     original = api("GET", f"/volumes/{world.zipped}/file?format=original")
     nifti = api("GET", f"/volumes/{world.zipped}/file")
 
-    assert original.content == scans.zipped
+    with zipfile.ZipFile(io.BytesIO(original.content)) as kept:
+        first = pydicom.dcmread(io.BytesIO(kept.read(kept.namelist()[0])))
+        assert len(kept.namelist()) == 16
+    assert first.PatientIdentityRemoved == "YES"
+    assert b"PHANTOM" not in original.content
+    assert str(first.PatientID).startswith("sub_")
     assert original.headers["content-disposition"].startswith("attachment; filename=")
     assert original.headers["content-type"] == "application/octet-stream"
     assert original.headers["x-content-type-options"] == "nosniff"
@@ -51,16 +60,17 @@ def test_a_dicom_zip_downloads_as_sent_and_as_nifti(api, scans, world, tmp_path)
     assert nib.nifti1.Nifti1Image.from_filename(path).shape == (32, 32, 16)
 
 
-def test_a_download_gives_the_range_that_is_asked_for(api, scans, world):
+def test_a_download_gives_the_range_that_is_asked_for(api, world):
     path = f"/volumes/{world.zipped}/file?format=original"
+    whole = api("GET", path).content
 
     part = api("GET", path, headers={"Range": "bytes=10-19"})
     beyond = api("GET", path, headers={"Range": "bytes=99999999-"})
     unclear = api("GET", path, headers={"Range": "furlongs=1-2"})
 
-    assert (part.status_code, part.content) == (206, scans.zipped[10:20])
+    assert (part.status_code, part.content) == (206, whole[10:20])
     assert beyond.status_code == 416
-    assert (unclear.status_code, unclear.content) == (200, scans.zipped)
+    assert (unclear.status_code, unclear.content) == (200, whole)
 
 
 def test_a_series_is_chosen_by_its_uid(api, scans):
@@ -70,7 +80,14 @@ def test_a_series_is_chosen_by_its_uid(api, scans):
 
     assert (refused.status_code, refused.json()["code"]) == (422, "several_series")
     assert len(series) == 2
+    assert {"modality", "num_images", "columns", "rows"} <= series[0].keys()
     assert chosen.status_code == 201
+    body = chosen.json()
+    assert body["num_used"] == series[0]["num_images"]
+    assert len(body["skipped"]) == series[1]["num_files"]
+    assert {one["reason"] for one in body["skipped"]} == {"part of another series"}
+    assert all(one["sop_uid"] for one in body["skipped"])
+    assert body["notes"] == []
 
 
 def _nifti(voxels: np.ndarray) -> bytes:
