@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks import hostile
-from benchmarks.real_api import Growth, RealApi
+from benchmarks.real_api import Growth, RealApi, processor_s
 from imaging import nifti
 from service import client as client_module
 from service.client import ApiError, Client
@@ -232,20 +232,22 @@ def bombed(tmp_path_factory) -> Iterator[RealApi]:
 
 @pytest.mark.parametrize("name", sorted(hostile.BOMBS))
 def test_t_h1_bombs_end_soon_with_a_4xx_and_cost_the_api_no_memory(bombed, tmp_path, name):
+    """In processor time, which neighbours on the machine do not change; 5 s of the clock when alone."""
     path = tmp_path / "upload"
     path.write_bytes(hostile.BOMBS[name]())
-    tries = []
     with Client(bombed.url, bombed.token) as client:
-        watched = Growth(bombed.pid)
-        for _ in range(2):  # on a machine that is busy with other things, the better of two
-            start = time.perf_counter()
-            with pytest.raises(ApiError) as caught:
-                client.upload_whole(path)
-            tries.append(time.perf_counter() - start)
-            if tries[-1] < 5:
-                break
+        watched, start, spent = Growth(bombed.pid), time.perf_counter(), processor_s(bombed.pid)
+        with pytest.raises(ApiError) as caught:
+            client.upload_whole(path)
+        wall_s = time.perf_counter() - start
+        cpu_s = processor_s(bombed.pid) - spent
         assert client.volumes() == []
 
+    print(
+        f"{name}: {caught.value.status} {caught.value.code}, {wall_s:.1f} s, "
+        f"processor {cpu_s:.1f} s, memory +{watched.mib:.1f} MiB"
+    )
     assert caught.value.status in (413, 422)
-    assert min(tries) < 5, tries
+    assert 0 < cpu_s < 5
+    assert wall_s < 30
     assert watched.mib < 64
