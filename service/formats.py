@@ -1,0 +1,29 @@
+"""The formats in which a segmentation leaves: their names, files and media types."""
+
+from __future__ import annotations
+
+ARTIFACTS = {
+    "nifti": "mask.nii.gz",
+    "dicom-seg": "seg.dcm",
+    "dicom-sr": "sr.dcm",
+    "rtstruct": "rtstruct.dcm",
+}
+"""The run's artifact that holds each format."""
+
+SUFFIXES = {
+    "nifti": ".nii.gz",
+    "dicom-seg": ".seg.dcm",
+    "dicom-sr": ".sr.dcm",
+    "rtstruct": ".rtstruct.dcm",
+}
+"""What a download's name ends in."""
+
+MEDIA_TYPES = {
+    "nifti": "application/gzip",
+    "dicom-seg": "application/dicom",
+    "dicom-sr": "application/dicom",
+    "rtstruct": "application/dicom",
+}
+
+DEFAULT_FORMATS = ("dicom-seg", "dicom-sr")
+"""Made of a DICOM scan unless the request says otherwise; NIfTI always is."""
