@@ -15,7 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from service.client import ApiError, Client
-from service.schemas import Event, MaskFormat, Run
+from service.formats import MaskFormat
+from service.schemas import Event, Run
 
 console = Console()
 errors = Console(stderr=True)

@@ -17,6 +17,7 @@ import httpx
 from pydantic import BaseModel
 
 from service import schemas
+from service.formats import DicomFormat, MaskFormat
 
 TERMINAL = frozenset({"succeeded", "failed", "canceled"})
 CHUNK_BYTES = 1 << 20
@@ -297,7 +298,7 @@ class Client:
         volume_id: str,
         model: str,
         *,
-        formats: Sequence[schemas.DicomFormat] | None = None,
+        formats: Sequence[DicomFormat] | None = None,
         wait: bool = True,
         on_event: OnEvent | None = None,
     ) -> schemas.Segmentation:
@@ -324,7 +325,7 @@ class Client:
         return self._get(f"segmentations/{segmentation_id}", schemas.Segmentation)
 
     def download_mask(
-        self, segmentation_id: str, path: Path, *, format: schemas.MaskFormat = "nifti"
+        self, segmentation_id: str, path: Path, *, format: MaskFormat = "nifti"
     ) -> None:
         """Save the mask (.nii.gz on the grid of the scan as sent), or a DICOM object of it."""
         self._download(f"segmentations/{segmentation_id}/mask?format={format}", path)

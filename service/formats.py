@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+DicomFormat = Literal["dicom-seg", "dicom-sr", "rtstruct"]
+MaskFormat = Literal["nifti", "dicom-seg", "dicom-sr", "rtstruct"]
+
 ARTIFACTS = {
     "nifti": "mask.nii.gz",
     "dicom-seg": "seg.dcm",
@@ -25,5 +30,5 @@ MEDIA_TYPES = {
     "rtstruct": "application/dicom",
 }
 
-DEFAULT_FORMATS = ("dicom-seg", "dicom-sr")
+DEFAULT_FORMATS: tuple[DicomFormat, ...] = ("dicom-seg", "dicom-sr")
 """Made of a DICOM scan unless the request says otherwise; NIfTI always is."""

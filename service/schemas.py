@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict, JsonValue
 
 from models.recipe import FinetuneRecipe, PretrainRecipe
-from service.formats import DEFAULT_FORMATS
+from service.formats import DEFAULT_FORMATS, DicomFormat, MaskFormat
 
 _HEX = "0123456789abcdef" * 2
 _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -631,10 +631,6 @@ class InferenceCreate(Ask):
 
     volume_id: VolumeId
     model: ModelReference
-
-
-DicomFormat = Literal["dicom-seg", "dicom-sr", "rtstruct"]
-MaskFormat = Literal["nifti", "dicom-seg", "dicom-sr", "rtstruct"]
 
 
 class SegmentationCreate(InferenceCreate):

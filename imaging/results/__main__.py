@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from imaging.results.structure_set import write_structure_set
 from imaging.volume import Grid
 
 EXIT_NOT_CERTIFIED = 66
+_NAMES = {"dicom-seg": "seg.dcm", "dicom-sr": "sr.dcm", "rtstruct": "rtstruct.dcm"}
 
 
 def write_all(job: dict[str, Any], source_path: Path, mask_path: Path, out: Path) -> dict[str, Any]:
@@ -61,26 +61,28 @@ class _Writer:
         self._seg: Dataset | None = None
 
     def write(self, formats: list[str]) -> dict[str, Any]:
-        makers: dict[str, tuple[str, Callable[[Path], Certificate | None]]] = {
-            "dicom-seg": ("seg.dcm", self._segmentation),
-            "dicom-sr": ("sr.dcm", self._report),
-            "rtstruct": ("rtstruct.dcm", self._structure_set),
-        }
+        """Write the formats asked for, in the order of `_NAMES`.
+
+        Raises:
+            GeometryError: A file is not what was computed.
+        """
         files: list[dict[str, Any]] = []
         not_made: list[dict[str, str]] = []
-        for form in [form for form in makers if form in formats]:
-            name, make = makers[form]
+        for form, name in _NAMES.items():
+            if form not in formats:
+                continue
             if form != "dicom-sr" and not self._facts.found:
                 not_made += _each([form], "nothing_found", "no label has a voxel in this scan")
                 continue
             try:
-                proven = make(self._out / name)
-            except (GeometryError, MemoryError):
+                self._write(form, self._out / name)
+            except MemoryError:
                 raise
             except Exception as error:  # noqa: BLE001  # highdicom's checks raise a dozen types
                 detail = f"the source's headers do not allow it ({type(error).__name__})"
                 not_made += _each([form], "source_header_unusable", detail)
                 continue
+            proven = self._certified(form, self._out / name)
             files.append(
                 {
                     "format": form,
@@ -91,18 +93,34 @@ class _Writer:
             )
         return {"files": files, "not_made": not_made}
 
-    def _segmentation(self, path: Path) -> Certificate:
-        self._seg = write_segmentation(path, self._source, self._mask, self._facts)
-        return readback.certify_segmentation(path, self._source, self._mask, self._names)
+    def _write(self, form: str, path: Path) -> None:
+        if form != "rtstruct" and self._seg is None and self._facts.found:
+            seg_path = self._out / _NAMES["dicom-seg"]
+            self._seg = write_segmentation(seg_path, self._source, self._mask, self._facts)
+        if form == "dicom-sr":
+            write_report(path, self._source, self._seg, self._facts)
+        elif form == "rtstruct":
+            write_structure_set(path, self._source, self._mask, self._facts)
 
-    def _report(self, path: Path) -> None:
-        if self._seg is None and self._facts.found:
-            self._segmentation(self._out / "seg.dcm")
-        write_report(path, self._source, self._seg, self._facts)
+    def _certified(self, form: str, path: Path) -> Certificate | None:
+        """As `_certify`; whatever goes wrong with reading a result back, it is not certified."""
+        try:
+            return self._certify(form, path)
+        except (GeometryError, MemoryError):
+            raise
+        except Exception as error:
+            what = f"the {form} cannot be read back ({type(error).__name__})"
+            raise GeometryError(what) from error
 
-    def _structure_set(self, path: Path) -> Certificate:
-        write_structure_set(path, self._source, self._mask, self._facts)
-        return readback.certify_structure_set(path, self._source, self._mask, self._names)
+    def _certify(self, form: str, path: Path) -> Certificate | None:
+        """The certificate of a mask; of a report that of the segmentation that it refers to."""
+        if form == "rtstruct":
+            return readback.certify_structure_set(path, self._source, self._mask, self._names)
+        if self._seg is None:
+            return None
+        seg_path = self._out / _NAMES["dicom-seg"]
+        proven = readback.certify_segmentation(seg_path, self._source, self._mask, self._names)
+        return proven if form == "dicom-seg" else None
 
 
 def _each(formats: list[str], code: str, detail: str) -> list[dict[str, str]]:

@@ -108,15 +108,15 @@ def read_segmentation(seg: Dataset, names: Mapping[str, int]) -> Iterator[PlaneR
     values = _segment_values(seg, names)
     frames = _frames(seg)
     places: dict[tuple[float, ...], list[int]] = defaultdict(list)
-    for frame, group in enumerate(seg.PerFrameFunctionalGroupsSequence):
-        position = group.PlanePositionSequence[0].ImagePositionPatient
+    for frame in range(len(seg.PerFrameFunctionalGroupsSequence)):
+        position = _group(seg, frame, "PlanePositionSequence").ImagePositionPatient
         places[tuple(float(value) for value in position)].append(frame)
     filled: set[int] = set()
     for same_place in places.values():
         labels = np.zeros((int(seg.Rows), int(seg.Columns)), dtype=np.uint8)
         for frame in same_place:
-            identification = seg.PerFrameFunctionalGroupsSequence[frame]
-            number = int(identification.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+            segment = _group(seg, frame, "SegmentIdentificationSequence")
+            number = int(segment.ReferencedSegmentNumber)
             inside = frames(frame)
             if (labels[inside] != 0).any():
                 raise GeometryError("two segments share a voxel")
@@ -160,19 +160,20 @@ def _frames(seg: Dataset) -> Any:
     return frame
 
 
-def _affine_of(seg: Dataset, frame: int) -> Affine:
+def _group(seg: Dataset, frame: int, name: str) -> Dataset:
+    """A functional group of a frame: its own, else the shared one (PS3.3, C.7.6.16)."""
     own, shared = seg.PerFrameFunctionalGroupsSequence[frame], seg.SharedFunctionalGroupsSequence[0]
+    found = own.get(name) or shared.get(name)
+    if not found:
+        raise GeometryError(f"a frame without {name}")
+    item: Dataset = found[0]
+    return item
 
-    def group(name: str) -> Dataset:
-        found = own.get(name) or shared.get(name)
-        if not found:
-            raise GeometryError(f"a frame without {name}")
-        item: Dataset = found[0]
-        return item
 
-    position = group("PlanePositionSequence").ImagePositionPatient
-    orientation = group("PlaneOrientationSequence").ImageOrientationPatient
-    spacing = group("PixelMeasuresSequence").PixelSpacing
+def _affine_of(seg: Dataset, frame: int) -> Affine:
+    position = _group(seg, frame, "PlanePositionSequence").ImagePositionPatient
+    orientation = _group(seg, frame, "PlaneOrientationSequence").ImageOrientationPatient
+    spacing = _group(seg, frame, "PixelMeasuresSequence").PixelSpacing
     x, y = np.array(orientation[:3], dtype=float), np.array(orientation[3:], dtype=float)
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1] = x * float(spacing[1]), y * float(spacing[0])

@@ -8,7 +8,7 @@ from fastapi import Query, Response
 from fastapi.responses import JSONResponse
 
 from service import db, runs, schemas
-from service.formats import ARTIFACTS, MEDIA_TYPES, SUFFIXES
+from service.formats import ARTIFACTS, MEDIA_TYPES, SUFFIXES, MaskFormat
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import answers, deps, docs, files, inference, views
 
@@ -104,7 +104,7 @@ def download_mask(
     session: deps.DbSession,
     store: deps.StoreOf,
     format: Annotated[
-        schemas.MaskFormat,
+        MaskFormat,
         Query(
             description="`nifti`; or, of a scan sent as DICOM: the mask as `dicom-seg`, its "
             "volumes in ml as `dicom-sr` (TID 1500), its outlines as `rtstruct` (if `formats` of "
