@@ -44,7 +44,7 @@ def write_all(job: dict[str, Any], source_path: Path, mask_path: Path, out: Path
     )
     grid = Grid(tuple(job["shape"]), np.array(job["affine"], dtype=np.float64))
     mask, _ = nifti.read_stored(mask_path)
-    labels: Labels = np.ascontiguousarray(mask, dtype=np.uint8)
+    labels: Labels = mask.astype(np.uint8, copy=False)
     try:
         source = read_source(source_path, job["series_uid"], grid)
     except (SourceError, ScanError) as error:
@@ -97,6 +97,7 @@ class _Writer:
         if form != "rtstruct" and self._seg is None and self._facts.found:
             seg_path = self._out / _NAMES["dicom-seg"]
             self._seg = write_segmentation(seg_path, self._source, self._mask, self._facts)
+            del self._seg.PixelData  # written; the report needs the header alone
         if form == "dicom-sr":
             write_report(path, self._source, self._seg, self._facts)
         elif form == "rtstruct":

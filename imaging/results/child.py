@@ -7,6 +7,7 @@ Whatever it cannot write is named; only a file that differs from what was comput
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -77,22 +78,47 @@ def write_results(
         grid: The source's grid.
         facts: What results state of themselves.
         formats: Which.
-        limits: What the child may take.
+        limits: What the child may take; `limits_for` the grid if absent.
 
     Raises:
         GeometryError: A result is not what was computed: nothing may leave.
         OSError: The child could not be started.
     """
-    limits = limits or Limits()
+    limits = limits or limits_for(grid)
     job = {
         "series_uid": series_uid,
         "shape": list(grid.shape),
         "affine": grid.affine.tolist(),
         "facts": asdict(facts),
-        "formats": list(formats),
     }
+    written: tuple[Written, ...] = ()
+    not_made: tuple[NotMade, ...] = ()
+    outlines: list[Format] = [form for form in formats if form == "rtstruct"]
+    for some in ([form for form in formats if form not in outlines], outlines):
+        if some:  # outlines take longest: a limit that ends them shall not cost the rest
+            made = _write_some(job, some, source_path, mask_path, out_dir=out_dir, limits=limits)
+            written, not_made = written + made.written, not_made + made.not_made
+    return Results(written, not_made)
+
+
+def limits_for(grid: Grid) -> Limits:
+    """What writing results of a grid may take: measured for two labels, doubled."""
+    num_voxels = math.prod(grid.shape)
+    cpu_s = 120 + num_voxels // 1_000_000
+    return Limits(memory_bytes=(2 << 30) + 24 * num_voxels, cpu_s=cpu_s, wall_s=2.0 * cpu_s)
+
+
+def _write_some(
+    job: dict[str, Any],
+    formats: list[Format],
+    source_path: Path,
+    mask_path: Path,
+    *,
+    out_dir: Path,
+    limits: Limits,
+) -> Results:
     job_path = out_dir / "job.json"
-    job_path.write_text(json.dumps(job), encoding="utf-8")
+    job_path.write_text(json.dumps({**job, "formats": formats}), encoding="utf-8")
     status, output = _run(
         [str(job_path), str(source_path.resolve()), str(mask_path.resolve())],
         out_dir.resolve(),

@@ -207,7 +207,7 @@ def read_structure_set(
         if not roi.get("ContourSequence"):
             raise GeometryError(f"structure {roi.ReferencedROINumber} has no contour")
         for contour in roi.ContourSequence:
-            points = np.array(contour.ContourData, dtype=float).reshape(-1, 3)
+            points = _numbers(contour.get_item("ContourData").value).reshape(-1, 3)
             points[:, :2] *= -1.0
             flat = np.column_stack([points, np.ones(len(points))])
             place = int(np.abs(to_pixels[:, 2] @ flat[0]).argmin())
@@ -226,6 +226,12 @@ def read_structure_set(
         yield PlaneReading(affine, labels)
 
 
+def _numbers(value: Any) -> NDArray[np.float64]:
+    """Decimal strings as they stand in the file (pydicom would look at each by itself)."""
+    parts = value.decode("ascii").split("\\") if isinstance(value, bytes) else value
+    return np.array(parts, dtype=float)
+
+
 def even_odd(polygons: list[NDArray[np.float64]], rows: int, columns: int) -> NDArray[np.bool_]:
     """Pixels (R, C) whose centre lies inside an odd number of polygons' crossings to its left.
 
@@ -236,12 +242,16 @@ def even_odd(polygons: list[NDArray[np.float64]], rows: int, columns: int) -> ND
     """
     toggles = np.zeros((rows, columns + 1), dtype=np.int64)
     for polygon in polygons:
-        ends = np.roll(polygon, -1, axis=0)
-        for (x0, y0), (x1, y1) in zip(polygon, ends, strict=True):
-            low, high = sorted((y0, y1))
-            for row in range(max(0, int(np.ceil(low))), min(rows, int(np.ceil(high)))):
-                x = x0 + (row - y0) / (y1 - y0) * (x1 - x0)
-                toggles[row, min(max(int(np.ceil(x)), 0), columns)] += 1
+        x0, y0 = polygon.T
+        x1, y1 = np.roll(polygon, -1, axis=0).T
+        first, end = np.ceil(np.minimum(y0, y1)), np.ceil(np.maximum(y0, y1))
+        for step in range(int((end - first).max(initial=0))):  # rows that an edge crosses
+            row = first + step
+            crosses = (row < end) & (row >= 0) & (row < rows)
+            share = (row[crosses] - y0[crosses]) / (y1 - y0)[crosses]
+            x = x0[crosses] + share * (x1 - x0)[crosses]
+            column = np.clip(np.ceil(x), 0, columns).astype(int)
+            np.add.at(toggles, (row[crosses].astype(int), column), 1)
     return (np.cumsum(toggles, axis=1)[:, :columns] % 2).astype(bool)
 
 

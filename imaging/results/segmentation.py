@@ -1,7 +1,8 @@
 """DICOM SEG (PS3.3, A.51), written with highdicom: one BINARY segment for each label found.
 
 A segment exists only where its label has voxels: viewers hang on empty ones. Frames without any
-label are kept, since some viewers count frames (protocols.md, complaint 15).
+label are kept, since some viewers count frames (protocols.md, complaint 15), unless that would make
+the object large (many labels on many slices).
 
 Axes: S slices, R rows, C columns of the source.
 """
@@ -29,6 +30,8 @@ from imaging.results.label_codes import PRIVATE_SCHEME, Terms, terms_of
 from imaging.results.source import SourceSeries
 
 SERIES_NUMBER = 901
+MAX_PIXELS_WITH_EMPTY_FRAMES = 512 << 20
+"""64 MiB of one-bit pixels: 2,048 frames of 512 x 512."""
 
 
 def write_segmentation(path: Path, source: SourceSeries, mask: Labels, facts: Facts) -> Dataset:
@@ -51,9 +54,12 @@ def write_segmentation(path: Path, source: SourceSeries, mask: Labels, facts: Fa
     numbers = np.zeros(256, dtype=np.uint8)
     for number, label in enumerate(facts.found, start=1):
         numbers[label.value] = number
+    slices = source.slices_of(mask)
+    np.take(numbers, slices, out=slices)
+    num_pixels = len(facts.found) * slices.size
     seg = Segmentation(
         source_images=list(source.images),
-        pixel_array=numbers[source.slices_of(mask)],  # (S, R, C)
+        pixel_array=slices,  # (S, R, C)
         segmentation_type=SegmentationTypeValues.BINARY,
         segment_descriptions=[
             _describe(number, label, facts) for number, label in enumerate(facts.found, start=1)
@@ -70,7 +76,7 @@ def write_segmentation(path: Path, source: SourceSeries, mask: Labels, facts: Fa
         content_label="SEGMENTATION",
         content_description=RESEARCH_USE_ONLY,
         series_description=facts.series_description,
-        omit_empty_frames=False,
+        omit_empty_frames=num_pixels > MAX_PIXELS_WITH_EMPTY_FRAMES,
         content_qualification=ContentQualificationValues.RESEARCH,
         coding_schemes=_schemes(facts),
     )

@@ -185,8 +185,8 @@ def read_source(path: Path, series_uid: str, grid: Grid) -> SourceSeries:
     with quiet(), _files(path) as files:
         found = [one for file in files if (one := _candidate(file)) is not None]
     chosen = [one for one in found if one.series_uid == series_uid]
-    if not chosen and len({one.series_uid for one in found}) == 1:
-        chosen = found
+    if not chosen:
+        chosen = _only_series_on(found, grid)
     chosen = _distinct(chosen)
     if not chosen:
         raise SourceError("source_not_found", "no slices of the scan's series in the stored file")
@@ -289,6 +289,12 @@ def _value(header: Dataset, frame: int, keyword: str) -> Any:
             if group and group[0].get(keyword) is not None:
                 return group[0][keyword].value
     return header.get(keyword)
+
+
+def _only_series_on(found: list[_Candidate], grid: Grid) -> list[_Candidate]:
+    """The one series with a slice on the mask's grid, whatever its UID; none if several have."""
+    uids = {one.series_uid for one in found if _slices(one, grid)}
+    return [one for one in found if {one.series_uid} == uids]
 
 
 def _distinct(candidates: list[_Candidate]) -> list[_Candidate]:

@@ -184,6 +184,22 @@ def test_the_centres_inside_the_outlines_are_the_labelled_pixels(seed):
     assert inside.any() and not inside.all()
 
 
+def test_a_long_outline_is_kept_whole(series, tmp_path):
+    """More than the 64 KiB that an explicit DS may have."""
+    comb = np.zeros((9, 700, 3), dtype=np.int16)
+    comb[1:8, ::2] = 100
+    comb[4] = 100
+    series.write_series(comb, np.diag([0.7, 0.7, 2.0, 1.0]), tmp_path / "in")
+
+    made = series.results_of(tmp_path / "in", lambda v: v.voxels // 100, tmp_path / "out")
+
+    structures = pydicom.dcmread(tmp_path / "out/rtstruct.dcm")
+    longest = max(len(c.get_item("ContourData").value) for c in contours(structures))
+    assert longest > 1 << 16
+    assert series.judged(tmp_path / "out/rtstruct.dcm") == []
+    assert made["not_made"] == []
+
+
 def test_the_certificate_of_a_nifti_names_its_readers_and_what_they_found(made):
     folder, source, mask = made
 

@@ -136,6 +136,20 @@ def test_a_report_alone_still_refers_to_a_segmentation_by_its_uid(
     assert seg_uid in str(pydicom.dcmread(tmp_path / "sr.dcm"))
 
 
+def test_a_large_segmentation_leaves_its_empty_frames_out(series, small_zip, tmp_path, monkeypatch):
+    from imaging.results import segmentation
+
+    series.results_of(small_zip, series.boxes, tmp_path / "all")
+    monkeypatch.setattr(segmentation, "MAX_PIXELS_WITH_EMPTY_FRAMES", 1000)
+    answer = series.results_of(small_zip, series.boxes, tmp_path / "few")
+
+    every = pydicom.dcmread(tmp_path / "all/seg.dcm").NumberOfFrames
+    few = pydicom.dcmread(tmp_path / "few/seg.dcm").NumberOfFrames
+    assert (every, few < every) == (2 * 21, True)
+    assert answer["files"][0]["certificate"]["voxels"]["tumour"] > 0
+    assert series.judged(tmp_path / "few/seg.dcm") == []
+
+
 @pytest.mark.parametrize(
     ("name", "code", "laterality"),
     [

@@ -148,6 +148,37 @@ def test_the_client_asks_for_a_format_and_saves_it(api, done, world, monkeypatch
         assert runs.get(session, made.id).spec["formats"] == ["rtstruct"]
 
 
+def test_the_command_line_saves_the_format_that_it_was_asked_for(api, world, monkeypatch, tmp_path):
+    import contextlib
+    import threading
+
+    from typer.testing import CliRunner
+
+    from service import cli, cli_client
+
+    client = Client("http://testserver", api.tokens["annotator"])
+    monkeypatch.setattr(client, "_http", _Routed(api))
+    monkeypatch.setattr(cli_client, "_client", lambda *_: contextlib.nullcontext(client))
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(0.05):
+            for run in api("GET", "/segmentations?state=queued").json()["items"]:
+                seg = stored(api, "seg.dcm", b"the seg", "application/dicom")
+                api.work(run["id"], result=RESULT, artifacts=(seg,))
+                return
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    command = ["segment", world.zipped, "--model", "segmenter", "--mask", str(tmp_path / "m.dcm")]
+    ended = CliRunner().invoke(cli.app, [*command, "--format", "dicom-seg", "--token", "t"])
+    done.set()
+    worker.join()
+
+    assert ended.exit_code == 0, ended.output
+    assert (tmp_path / "m.dcm").read_bytes() == b"the seg"
+
+
 class _Routed:
     """The client's connection, to the app in this process."""
 
