@@ -242,13 +242,16 @@ def _candidate(file: File) -> _Candidate | None:
             return None
         data = read_capped(stream, MAX_FILE_BYTES, start=start)
     try:
-        header = parse(data, specific_tags=_TAGS, stop_before_pixels=True)
-        sop_class = sop_class_of(header)
+        parsed = parse(data, specific_tags=_TAGS, stop_before_pixels=True)
+        sop_class = sop_class_of(parsed)
         if sop_class not in SINGLE_FRAME | MULTI_FRAME:
             return None
+        header = Dataset()  # what was parsed holds the whole file, pixels and all
+        for element in parsed:
+            header.add(element)
         header.SOPClassUID = sop_class
         if not header.get("SOPInstanceUID"):
-            header.SOPInstanceUID = header.file_meta.get("MediaStorageSOPInstanceUID", "")
+            header.SOPInstanceUID = parsed.file_meta.get("MediaStorageSOPInstanceUID", "")
         num_frames = int(header.get("NumberOfFrames") or 1)
         if sop_class in SINGLE_FRAME and "NumberOfFrames" in header:
             del header.NumberOfFrames
