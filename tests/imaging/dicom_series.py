@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -106,3 +107,30 @@ def need(tool: str) -> str:
             pytest.fail(what)
         pytest.skip(what)
     return found
+
+
+def at_world(labels: np.ndarray, affine: np.ndarray, world: np.ndarray) -> np.ndarray:
+    """Labels at RAS+ points (N, 3), every one of which must be a voxel's centre."""
+    at = np.column_stack([world, np.ones(len(world))]) @ np.linalg.inv(affine).T
+    assert np.abs(at[:, :3] - np.rint(at[:, :3])).max() < 0.01
+    return labels[tuple(np.rint(at[:, :3]).astype(int).T)]
+
+
+def grid_points(shape, affine) -> np.ndarray:
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    return index @ affine[:3, :3].T + affine[:3, 3]
+
+
+def dcmqi_reads(path: Path, folder: Path) -> Any:
+    """A SEG with all its segments in one image, by dcmqi (DCMTK and ITK)."""
+    out = folder / "dcmqi"
+    out.mkdir()
+    subprocess.run(
+        [
+            *(need("segimage2itkimage"), "--inputDICOM", str(path)),
+            *("--outputDirectory", str(out), "-t", "nii", "--mergeSegments"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return nib.Nifti1Image.from_filename(out / "1.nii.gz")

@@ -13,6 +13,8 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 
+from imaging import nifti
+from imaging.errors import ScanError
 from imaging.geometry import GeometryError
 from imaging.intake import read_scan
 from imaging.results.child import FORMATS, write_results
@@ -296,6 +298,30 @@ def test_the_judge_finds_no_error_in_results_of_real_series(
     for one in answer["files"]:
         if one["certificate"]:
             assert one["certificate"]["max_corner_error_mm"] < 1e-3
+    mask, header = nifti.read_stored(tmp_path / "mask.nii.gz")
+    read = series.dcmqi_reads(tmp_path / "seg.dcm", tmp_path)
+    array = np.asarray(read.dataobj).astype(np.uint8)
+    there = series.at_world(mask, header.affine, series.grid_points(array.shape, read.affine))
+    assert np.array_equal(there, array.ravel()) and array.any()
+
+
+@pytest.mark.parametrize(
+    "name", ["dicom_series/ge_head_tilt_variable_spacing.zip", "dicom_cases/ct_gantry_tilt_siemens"]
+)
+def test_a_real_tilted_series_is_refused_by_name_or_gets_results_on_its_slices(
+    series, data, tmp_path, name
+):
+    try:
+        answer = series.results_of(data / name, series.boxes, tmp_path)
+    except ScanError as refusal:
+        assert refusal.code in ("gantry_tilt", "uneven_spacing")
+        return
+
+    assert answer["not_made"] == []
+    assert {one["certificate"]["mapping"] for one in answer["files"] if one["certificate"]} == {
+        "nearest"
+    }
+    assert [series.judged(tmp_path / file) for file in FILES.values()] == [[], [], []]
 
 
 def test_a_real_series_without_uids_gets_no_dicom_results(series, data, tmp_path):
@@ -310,8 +336,6 @@ def test_a_real_series_without_uids_gets_no_dicom_results(series, data, tmp_path
 def run_child(series, small_zip, out, source_path=None, **options):
     series.results_of(small_zip, series.boxes, out)
     scan = read_scan(small_zip, kind="image")
-    from imaging import nifti
-
     mask, _ = nifti.read_stored(out / "mask.nii.gz")
     child = out / "child"
     child.mkdir()

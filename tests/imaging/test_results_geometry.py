@@ -52,18 +52,6 @@ def corners(seed: int = 0) -> np.ndarray:
     return labels
 
 
-def at_world(labels: np.ndarray, affine: np.ndarray, world: np.ndarray) -> np.ndarray:
-    """Labels at RAS+ points (N, 3), every one of which must be a voxel's centre."""
-    at = np.column_stack([world, np.ones(len(world))]) @ np.linalg.inv(affine).T
-    assert np.abs(at[:, :3] - np.rint(at[:, :3])).max() < 0.01
-    return labels[tuple(np.rint(at[:, :3]).astype(int).T)]
-
-
-def grid_points(shape, affine) -> np.ndarray:
-    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(-1, 3)
-    return index @ affine[:3, :3].T + affine[:3, 3]
-
-
 def highdicom_reads(path) -> tuple[np.ndarray, np.ndarray]:
     """Labels and their affine to RAS+, by highdicom's own reader."""
     with quiet():
@@ -85,8 +73,8 @@ def test_a_corner_stays_in_its_corner(series, tmp_path, affine):
     )
 
     array, its_affine = highdicom_reads(tmp_path / "out/seg.dcm")
-    points = grid_points(array.shape, its_affine)
-    assert np.array_equal(at_world(labels, affine, points), array.ravel())
+    points = series.grid_points(array.shape, its_affine)
+    assert np.array_equal(series.at_world(labels, affine, points), array.ravel())
     first = its_affine @ [*np.argwhere(array == 2)[0], 1]
     assert np.allclose(first[:3], affine[:3, 3], atol=1e-4)
     for one in made["files"]:
@@ -102,27 +90,13 @@ def test_dcmqi_finds_every_voxel_where_the_scan_has_it(series, tmp_path, number)
     series.write_series(labels.astype(np.int16) * 100, affine, tmp_path / "in")
     series.results_of(tmp_path / "in", lambda v: np.rint(v.voxels / 100), tmp_path / "out")
 
-    read = dcmqi_reads(series, tmp_path / "out/seg.dcm", tmp_path)
+    read = series.dcmqi_reads(tmp_path / "out/seg.dcm", tmp_path)
 
     array = np.asarray(read.dataobj).astype(np.uint8)
     assert array.shape == SHAPE or sorted(array.shape) == sorted(SHAPE)
     assert np.array_equal(
-        at_world(labels, affine, grid_points(array.shape, read.affine)), array.ravel()
+        series.at_world(labels, affine, series.grid_points(array.shape, read.affine)), array.ravel()
     )
-
-
-def dcmqi_reads(series, path, folder):
-    out = folder / "dcmqi"
-    out.mkdir()
-    subprocess.run(
-        [
-            *(series.need("segimage2itkimage"), "--inputDICOM", str(path)),
-            *("--outputDirectory", str(out), "-t", "nii", "--mergeSegments"),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return nib.Nifti1Image.from_filename(out / "1.nii.gz")
 
 
 def test_dcmqi_reads_the_volumes_of_the_report(series, small_zip, tmp_path):
