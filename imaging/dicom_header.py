@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import iter_pixels
+from pydicom.tag import Tag
 from pydicom.uid import (
     JPEG2000,
     UID,
@@ -79,7 +81,7 @@ _DECODERS = {
 }
 """Where GDCM is not to be asked: damaged streams make it abort the whole process."""
 
-_TAGS = [
+_KEYWORDS = [
     "SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "PatientID",
     "SeriesInstanceUID", "FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient",
     "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns",
@@ -87,6 +89,7 @@ _TAGS = [
     "RescaleSlope",
     "ModalityLUTSequence", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+_TAGS = {keyword: Tag(keyword) for keyword in _KEYWORDS}
 _GROUPS = {
     "ImagePositionPatient": "PlanePositionSequence",
     "ImageOrientationPatient": "PlaneOrientationSequence",
@@ -159,7 +162,7 @@ def read_header_start(start: bytes, member: int, *, is_whole: bool) -> Header | 
         try:
             if not is_whole and is_deflated(start):
                 return None
-            dataset, stop = parse_until_pixels(start, _TAGS)
+            dataset, stop = parse_until_pixels(start, list(_TAGS.values()))
             if not is_whole and stop + 12 > len(start):
                 return None
             return _judge(dataset, member, _native(dataset, start[stop : stop + 12], stop))
@@ -237,11 +240,11 @@ def _judge(dataset: Dataset, member: int, native: Native | None) -> Header:
         raise ScanError("not_a_scan", "a DICOMDIR, an index of other files")
     if sop_class not in SINGLE_FRAME | MULTI_FRAME:
         raise ScanError("not_a_scan", f"{kind_of(sop_class)}; expected CT, MR or PET images")
-    if "LOCALIZER" in [str(word).upper() for word in _many(dataset.get("ImageType"))]:
+    if "LOCALIZER" in [str(word).upper() for word in _many(_plain(dataset, "ImageType"))]:
         raise ScanError("not_a_scan", "a localizer image")
     _check_pixel_format(dataset)
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    num_frames = int(dataset.get("NumberOfFrames") or 1)
+    rows, columns = int(_plain(dataset, "Rows")), int(_plain(dataset, "Columns"))
+    num_frames = int(_plain(dataset, "NumberOfFrames") or 1)
     if rows < 1 or columns < 1 or num_frames < 1:
         raise ScanError("not_a_scan", "an image without pixels")
     if max(rows, columns, num_frames) > MAX_SIDE or rows * columns * num_frames > MAX_VOXELS:
@@ -251,10 +254,10 @@ def _judge(dataset: Dataset, member: int, native: Native | None) -> Header:
     return Header(
         member=member,
         sop_uid=sop_uid_of(dataset),
-        series_uid=clean_uid(dataset.get("SeriesInstanceUID")),
-        frame_of_reference=str(dataset.get("FrameOfReferenceUID", "")),
+        series_uid=clean_uid(_plain(dataset, "SeriesInstanceUID")),
+        frame_of_reference=str(_plain(dataset, "FrameOfReferenceUID") or ""),
         modality=_modality(dataset, sop_class),
-        patient_key=patient_key(str(dataset.get("PatientID") or "")),
+        patient_key=patient_key(str(_plain(dataset, "PatientID") or "")),
         rows=rows,
         columns=columns,
         frames=tuple(_frame(dataset, index) for index in range(num_frames)),
@@ -273,13 +276,17 @@ def _modality(dataset: Dataset, sop_class: UID) -> str:
 def check_transfer_syntax(dataset: Dataset) -> None:
     """Refuse pixels that no decoder here reads (`unsupported_transfer_syntax`)."""
     syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
-    try:
-        is_readable = get_decoder(syntax).is_available
-    except NotImplementedError:
-        is_readable = False
-    if not is_readable:
+    if not _is_readable(syntax):
         name = syntax.name if not syntax.is_private else "a private one"
         raise ScanError("unsupported_transfer_syntax", f"no decoder for transfer syntax {name}")
+
+
+@lru_cache(maxsize=64)
+def _is_readable(syntax: UID) -> bool:
+    try:
+        return bool(get_decoder(syntax).is_available)
+    except NotImplementedError:
+        return False
 
 
 def _check_pixel_format(dataset: Dataset) -> None:
@@ -287,7 +294,7 @@ def _check_pixel_format(dataset: Dataset) -> None:
     photometric = str(dataset.get("PhotometricInterpretation", ""))
     if photometric != "MONOCHROME2" or int(dataset.get("SamplesPerPixel", 1)) != 1:
         raise ScanError("unsupported_format", "pixels are not MONOCHROME2 with one sample")
-    if dataset.get("ModalityLUTSequence"):
+    if _plain(dataset, "ModalityLUTSequence"):
         raise ScanError("unsupported_format", "pixel values go through a modality look-up table")
 
 
@@ -316,12 +323,18 @@ def _value(dataset: Dataset, index: int, keyword: str) -> Any:
         ("PerFrameFunctionalGroupsSequence", index),
         ("SharedFunctionalGroupsSequence", 0),
     ):
-        sequence = dataset.get(groups)
+        sequence = _plain(dataset, groups)
         if sequence and item < len(sequence):
             group = sequence[item].get(_GROUPS[keyword])
             if group and keyword in group[0]:
                 return group[0][keyword].value
-    return dataset.get(keyword)
+    return _plain(dataset, keyword)
+
+
+def _plain(dataset: Dataset, keyword: str) -> Any:
+    """`dataset.get(keyword)` by tag, which is quicker for what is absent."""
+    element = dataset.get(_TAGS[keyword])
+    return None if element is None else element.value
 
 
 def _many(value: Any) -> Sequence[Any]:

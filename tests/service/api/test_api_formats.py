@@ -161,11 +161,17 @@ def test_the_command_line_saves_the_format_that_it_was_asked_for(api, world, mon
     monkeypatch.setattr(cli_client, "_client", lambda *_: contextlib.nullcontext(client))
     done = threading.Event()
 
+    def queued() -> set[str]:
+        found = api("GET", "/segmentations?state=queued&page_size=500").json()["items"]
+        return {run["id"] for run in found}
+
+    left_by_others = queued()
+
     def work() -> None:
         while not done.wait(0.05):
-            for run in api("GET", "/segmentations?state=queued").json()["items"]:
+            for run_id in queued() - left_by_others:
                 seg = stored(api, "seg.dcm", b"the seg", "application/dicom")
-                api.work(run["id"], result=RESULT, artifacts=(seg,))
+                api.work(run_id, result=RESULT, artifacts=(seg,))
                 return
 
     worker = threading.Thread(target=work)
