@@ -48,8 +48,8 @@ def test_pieces_become_a_volume_once(sessions, store, content):
         session.commit()
         for offset in range(0, len(content), 3000):
             append(session, store, upload, content, offset, 3000)
-        volume, made = uploads.complete(session, store, upload, CALLER)
-        again, made_again = uploads.complete(session, store, upload, CALLER)
+        volume, made = uploads.complete(session, store, upload, CALLER, policy=None)
+        again, made_again = uploads.complete(session, store, upload, CALLER, policy=None)
 
         assert (is_new, made, made_again) == (True, True, False)
         assert volume.id == again.id == upload.volume_id
@@ -134,7 +134,7 @@ def test_a_volume_that_goes_takes_its_upload_along(sessions, store, content):
         upload, _ = uploads.begin(session, wanted(content), CALLER)
         session.commit()
         append(session, store, upload, content, 0, len(content))
-        volume, _ = uploads.complete(session, store, upload, CALLER)
+        volume, _ = uploads.complete(session, store, upload, CALLER, policy=None)
         volumes.delete(session, store, volume.id)
         session.expunge_all()
 
