@@ -199,9 +199,10 @@ def _guard_files(libc: ctypes.CDLL, readable: Sequence[Path], writable: Path | N
     if rules < 0:
         return False
     try:
-        own = (sys.prefix, sys.base_prefix, Path(__file__).resolve().parent)
-        for place in (*map(Path, _SYSTEM), *map(Path, own), *readable):
-            _allow(libc, rules, place, handled & _READ)
+        own = (Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parent)
+        places: tuple[str | Path, ...] = (*_SYSTEM, *own, *readable)
+        for place in places:
+            _allow(libc, rules, Path(place), handled & _READ)
         _allow(libc, rules, writable, handled)
         if libc.syscall(_LANDLOCK_RESTRICT, rules, 0) != 0:
             raise ConfinementError(ctypes.get_errno(), "Landlock refused its own rules")
