@@ -115,3 +115,11 @@ class Growth:
         lines = self._status.read_text(encoding="ascii").splitlines()
         (line,) = (line for line in lines if line.startswith(f"{name}:"))
         return int(line.split()[1]) * 1024
+
+
+def processor_s(pid: int) -> float:
+    """Processor time of a process and of its children that have ended, in s (proc(5), stat)."""
+    text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    fields = text.rpartition(") ")[2].split()
+    ticks = sum(int(field) for field in fields[11:15])  # utime, stime, cutime, cstime
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -7,7 +7,6 @@ Sizes in the archive are not trusted; unpacked bytes are counted while they are 
 
 from __future__ import annotations
 
-import errno
 import stat
 import zipfile
 import zlib
@@ -43,10 +42,6 @@ def open_members(path: Path) -> Iterator[list[Member]]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
-        raise ScanError("truncated_file", "the zip has no readable directory") from error
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a directory that would begin before the file
-            raise
         raise ScanError("truncated_file", "the zip has no readable directory") from error
     with archive:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -98,6 +93,8 @@ def _check_sizes(archive: zipfile.ZipFile) -> None:
         raise ScanError(
             "too_large", f"the zip declares {declared} bytes; at most {MAX_UNPACKED_BYTES} are read"
         )
+    if entries and entries[0].header_offset < 0:
+        raise ScanError("archive_unsafe", "a file of the zip would begin before it")
     ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
     for entry, end in zip(entries, ends, strict=False):
         start = entry.header_offset + _LOCAL_HEADER_BYTES + len(entry.orig_filename)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
@@ -31,11 +34,12 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Look at the interpreter, onnxruntime, the trainer's torch, store, database and broker."""
+    """Look at the interpreter, onnxruntime, torch, the readers' walls, store, database, broker."""
     return [
         _looked("python", _python),
         _looked("onnxruntime", lambda: _onnxruntime(settings)),
         _looked("torch (training workers only)", _torch),
+        _looked("walls around readers of scans", _readers),
         _looked("store", lambda: _store(settings)),
         _looked("database", lambda: _database(settings)),
         _looked("broker", lambda: _broker(settings)),
@@ -72,6 +76,22 @@ def _torch() -> str:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return "not installed; this installation serves, and trains nowhere"
+
+
+def _readers() -> str:
+    """Which walls a child process can put up around itself (imaging/confine.py)."""
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(  # our own module
+        [sys.executable, "-m", "imaging.confine"],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    if done.returncode != 0:
+        raise _Lacking("the kernel or the container allows no seccomp filter: no scan can be read")
+    return done.stdout.strip()
 
 
 def _store(settings: Settings) -> str:

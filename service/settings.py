@@ -85,7 +85,7 @@ class Settings(BaseSettings):
         default=24.0, description="How long an upload in pieces may rest before it is forgotten."
     )
     readers: PositiveInt = Field(
-        default=4, description="Scans that the API reads at once; each may take 4 GiB of memory."
+        default=3, description="Scans that the API reads at once; each may take 4 GiB of memory."
     )
     min_free_bytes: int = Field(
         default=1 * GIB, ge=0, description="Free disk space below which uploads are refused (507)."

@@ -18,12 +18,12 @@ def test_t_h2_mutated_files_end_in_a_scan_or_in_our_own_error() -> None:
 
 
 def test_the_harness_sees_a_foreign_error_a_crash_and_a_hang() -> None:
-    found = fuzz(60, 1, families=("leaks", "crashes", "hangs"))
+    found = fuzz(24, 4, families=("leaks", "crashes", "hangs"))
 
-    assert {one["family"] for one in found.foreign} == {"leaks"}
-    assert {one["family"] for one in found.crashes} == {"crashes"}
+    assert [one["family"] for one in found.foreign] == ["leaks"]
+    assert [one["family"] for one in found.crashes] == ["crashes"] * 2
     assert {one["exit"] for one in found.crashes} == {-6}
-    assert {one["family"] for one in found.hangs} == {"hangs"}
+    assert [one["family"] for one in found.hangs] == ["hangs"]
     assert not found.is_clean
 
 

@@ -335,3 +335,24 @@ def test_a_jpeg_frame_header_is_found_behind_other_segments():
     assert declared_size(held.getvalue()) == (20, 24)
     assert declared_size(held.getvalue()[:20]) is None
     assert declared_size(b"RLE, perhaps") is None
+
+
+def test_a_jpeg_ls_stream_without_its_end_never_meets_its_decoder():
+    """Seen with a mutated frame of 64 x 64: three seconds of a processor."""
+    whole = next(generate_frames(hostile.ct(JPEGLSLossless).PixelData, number_of_frames=1))
+
+    check_frames([whole, whole + b"\0"], 64, 64)
+    for kept in (163, len(whole) - 3):
+        with pytest.raises(ScanError, match="cut off"):
+            check_frames([whole[:kept]], 64, 64)
+
+
+def test_a_file_that_would_begin_before_the_zip_is_refused(tmp_path):
+    content = bytearray(zipped(deflated(1)))
+    at = content.rindex(b"PK\5\6") + 16  # the directory would lie further on: all offsets shift
+    content[at : at + 4] = (int.from_bytes(content[at : at + 4], "little") + 50).to_bytes(
+        4, "little"
+    )
+    (tmp_path / "a.zip").write_bytes(content)
+
+    assert refusal(tmp_path / "a.zip").code == "archive_unsafe"

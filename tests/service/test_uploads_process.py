@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks import hostile
-from benchmarks.real_api import Growth, RealApi
+from benchmarks.real_api import Growth, RealApi, processor_s
 from imaging import nifti
 from service import client as client_module
+from service.cli import app
 from service.client import ApiError, Client
 from service.uploads import CHUNK_BYTES
 
@@ -178,6 +180,19 @@ def test_a_client_that_was_killed_goes_on_where_it_was(api, scan, monkeypatch):
     assert volume.size_bytes == progress[-1] == scan.stat().st_size
 
 
+def test_the_command_line_sends_in_pieces_and_prints_the_id(api, scan, monkeypatch):
+    monkeypatch.setenv("PCRL_URL", api.url)
+    monkeypatch.setenv("PCRL_TOKEN", api.token)
+
+    result = CliRunner().invoke(app, ["upload", str(scan), "--subject", "by-command"])
+
+    assert result.exit_code == 0, result.output
+    log = (api.settings.data_dir / "api.log").read_text()
+    assert log.count("PUT /api/v1/uploads/") == -(-scan.stat().st_size // CHUNK_BYTES)
+    with Client(api.url, api.token) as client:
+        assert result.stdout.strip() == client.volumes(subject="by-command")[0].id
+
+
 def test_a_service_that_stays_away_is_said_to_be_unreachable(api, scan, monkeypatch):
     monkeypatch.setattr(client_module, "PATIENCE_S", 1.0)
     api.kill()
@@ -232,20 +247,22 @@ def bombed(tmp_path_factory) -> Iterator[RealApi]:
 
 @pytest.mark.parametrize("name", sorted(hostile.BOMBS))
 def test_t_h1_bombs_end_soon_with_a_4xx_and_cost_the_api_no_memory(bombed, tmp_path, name):
+    """In processor time, which neighbours on the machine do not change; alone, by the clock too."""
     path = tmp_path / "upload"
     path.write_bytes(hostile.BOMBS[name]())
-    tries = []
     with Client(bombed.url, bombed.token) as client:
-        watched = Growth(bombed.pid)
-        for _ in range(2):  # on a machine that is busy with other things, the better of two
-            start = time.perf_counter()
-            with pytest.raises(ApiError) as caught:
-                client.upload_whole(path)
-            tries.append(time.perf_counter() - start)
-            if tries[-1] < 5:
-                break
+        watched, start, spent = Growth(bombed.pid), time.perf_counter(), processor_s(bombed.pid)
+        with pytest.raises(ApiError) as caught:
+            client.upload_whole(path)
+        wall_s = time.perf_counter() - start
+        cpu_s = processor_s(bombed.pid) - spent
         assert client.volumes() == []
 
+    print(
+        f"{name}: {caught.value.status} {caught.value.code}, {wall_s:.1f} s, "
+        f"processor {cpu_s:.1f} s, memory +{watched.mib:.1f} MiB"
+    )
     assert caught.value.status in (413, 422)
-    assert min(tries) < 5, tries
+    assert 0 < cpu_s < 5
+    assert wall_s < 30
     assert watched.mib < 64
