@@ -23,6 +23,7 @@
     resample       separable linear resampling between axis-parallel grids
     geometry       the certificate that a mask lies on its source grid
     preview        overlay PNG
+    results        the mask as DICOM SEG, RTSTRUCT and SR, certified
     phantom        synthetic abdominal CT
     phantom_dicom  a synthetic volume as a DICOM series
 

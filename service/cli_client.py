@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from service.client import ApiError, Client
+from service.formats import MaskFormat
 from service.schemas import Event, Run
 
 console = Console()
@@ -164,7 +165,10 @@ def alias(
 def segment(
     volume_id: Annotated[str, typer.Argument(help="The uploaded volume.")],
     model: Annotated[str, typer.Option(help="models:/name@alias, name/version or name.")],
-    mask: Annotated[Path | None, typer.Option(help="Where to put the mask (.nii.gz).")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where to put the mask.")] = None,
+    format: Annotated[
+        MaskFormat, typer.Option(help="Of the mask's file; all but nifti need a DICOM scan.")
+    ] = "nifti",
     preview: Annotated[Path | None, typer.Option(help="Where to put the overlay (.png).")] = None,
     url: Url = DEFAULT_URL,
     token: Secret = "",
@@ -172,12 +176,13 @@ def segment(
     """Segment a volume; prints the volumes in ml."""
     with _client(url, token) as client:
         with run_progress("segment") as show:
-            made = client.segment(volume_id, model, on_event=show)
+            formats = None if format == "nifti" else (format,)
+            made = client.segment(volume_id, model, formats=formats, on_event=show)
         if made.result is None:
             _fail(made.error.code if made.error else made.state)
         console.print_json(made.result.model_dump_json())
         if mask is not None:
-            client.download_mask(made.id, mask)
+            client.download_mask(made.id, mask, format=format)
         if preview is not None:
             client.download_preview(made.id, preview)
 

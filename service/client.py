@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from service import schemas
 from service.answers import TRANSIENT, ApiError, check, unreachable
 from service.client_upload import described, send_in_pieces
+from service.formats import DicomFormat, MaskFormat
 
 __all__ = ["ApiError", "Client"]
 
@@ -317,11 +318,22 @@ class Client:
         volume_id: str,
         model: str,
         *,
+        formats: Sequence[DicomFormat] | None = None,
         wait: bool = True,
         on_event: OnEvent | None = None,
     ) -> schemas.Segmentation:
-        """Segment a volume, and wait for the end unless told otherwise."""
-        body = {"volume_id": volume_id, "model": model}
+        """Segment a volume, and wait for the end unless told otherwise.
+
+        Args:
+            volume_id: The scan.
+            model: `models:/name@alias`, `name/version` or `name`.
+            formats: Made of a DICOM scan beside the NIfTI mask; the service's choice if absent.
+            wait: Return when it has ended.
+            on_event: Told every event.
+        """
+        body: dict[str, Any] = {"volume_id": volume_id, "model": model}
+        if formats is not None:
+            body["formats"] = list(formats)
         made = self._create("segmentations", body, schemas.Segmentation)
         if not wait:
             return made
@@ -332,9 +344,11 @@ class Client:
         """A segmentation by id."""
         return self._get(f"segmentations/{segmentation_id}", schemas.Segmentation)
 
-    def download_mask(self, segmentation_id: str, path: Path) -> None:
-        """Save the mask (.nii.gz on the grid of the scan as sent)."""
-        self._download(f"segmentations/{segmentation_id}/mask", path)
+    def download_mask(
+        self, segmentation_id: str, path: Path, *, format: MaskFormat = "nifti"
+    ) -> None:
+        """Save the mask (.nii.gz on the grid of the scan as sent), or a DICOM object of it."""
+        self._download(f"segmentations/{segmentation_id}/mask?format={format}", path)
 
     def download_preview(self, segmentation_id: str, path: Path) -> None:
         """Save the preview picture (PNG)."""

@@ -89,6 +89,7 @@ _RESOURCES = {
     "split_leaks_subject": Kind(422, "A subject would be in more than one split"),
     "run_already_ended": Kind(409, "The run has already ended"),
     "not_ready": Kind(409, "The result is not there yet"),
+    "format_not_made": Kind(409, "The result was not made in this format"),
     "wrong_model_kind": Kind(422, "The model is of the wrong kind"),
     "incompatible_parent": Kind(422, "The parent's network does not fit the recipe's"),
 }

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict, JsonValue
 
 from models.recipe import FinetuneRecipe, PretrainRecipe
+from service.formats import DEFAULT_FORMATS, DicomFormat, MaskFormat
 
 _HEX = "0123456789abcdef" * 2
 _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -699,6 +700,36 @@ class InferenceCreate(Ask):
     model: ModelReference
 
 
+class SegmentationCreate(InferenceCreate):
+    """A segmenter to run on a volume, and what shall be made of the mask."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"volume_id": f"vol_{_HEX}", "model": "models:/liver-tumour@champion"},
+                {
+                    "volume_id": f"vol_{_HEX}",
+                    "model": "models:/liver-tumour@champion",
+                    "formats": ["dicom-seg", "dicom-sr", "rtstruct"],
+                },
+            ]
+        },
+    )
+
+    formats: Annotated[tuple[DicomFormat, ...], Field(max_length=3)] = Field(
+        DEFAULT_FORMATS,
+        description="Made beside the NIfTI mask where the scan was sent as DICOM.",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.formats)) != len(self.formats):
+            raise ValueError("a format stands there twice")
+        return self
+
+
 class Inference(Answer):
     """What a segmentation and an embedding have in common."""
 
@@ -724,6 +755,19 @@ _INFERENCE: JsonDict = {
 }
 
 
+_CERTIFICATE: JsonDict = {
+    "format": "nifti",
+    "readers": ["imaging.geometry (NIfTI-1 header by its bytes)", "SimpleITK 2.5.7"],
+    "shape": [512, 512, 78],
+    "affine": _IDENTITY,
+    "mapping": "identity",
+    "max_corner_error_mm": 0.00001,
+    "num_labelled": 46800,
+    "voxels": {"liver": 46400, "tumour": 400},
+    "sha256": _SHA,
+}
+
+
 class LabelFound(Answer):
     """How much of a label was found."""
 
@@ -731,6 +775,58 @@ class LabelFound(Answer):
     value: int = Field(description="In the mask.")
     voxels: int
     volume_ml: float
+
+
+class Certificate(Answer):
+    """What was measured when the file was read back by readers that did not write it."""
+
+    format: MaskFormat = "nifti"
+    readers: tuple[str, ...] = Field((), description="Names and versions.")
+    shape: Size = Field(description="Of the grid of the scan as sent.")
+    affine: Matrix | None = Field(None, description="Of that grid; voxel to RAS+, mm.")
+    mapping: Literal["identity", "nearest"] = Field(
+        "identity",
+        description="`nearest` where the scan was resampled: each pixel of a source slice has the "
+        "label of the nearest voxel.",
+    )
+    max_corner_error_mm: float = Field(description="Below 0.001, or there is no result.")
+    num_labelled: int | None = Field(None, description="Voxels that are not background.")
+    voxels: dict[str, int] = Field(
+        default_factory=dict, description="Found in the file for each label."
+    )
+    sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _sum_up(self) -> Self:
+        if self.num_labelled is None:
+            object.__setattr__(self, "num_labelled", sum(self.voxels.values()))
+        return self
+
+
+class ResultFile(Answer):
+    """A file of the result; download it with `format`."""
+
+    format: MaskFormat
+    media_type: str
+    sha256: Sha256
+    size_bytes: int
+    certificate: Certificate | None = Field(
+        None, description="Null for the report: it has no mask."
+    )
+    notes: tuple[str, ...] = Field(
+        (), description="What it states otherwise than the source, and why."
+    )
+
+
+class NotMade(Answer):
+    """A format that was asked for and that there is not."""
+
+    format: MaskFormat
+    code: str = Field(
+        description="`source_not_dicom`, `nothing_found` (no label has a voxel), "
+        "`source_header_unusable`, `source_not_found` or `result_not_written`."
+    )
+    detail: str
 
 
 class SegmentationResult(Answer):
@@ -741,9 +837,9 @@ class SegmentationResult(Answer):
     voxels: dict[str, int]
     num_windows: int | None = None
     provider: str | None = Field(None, description="Of onnxruntime, as it really was.")
-    certificate: dict[str, Any] | None = Field(
-        None, description="What was measured when the mask was read back by another reader."
-    )
+    certificate: Certificate | None = Field(None, description="Of the NIfTI mask.")
+    files: tuple[ResultFile, ...] = ()
+    not_made: tuple[NotMade, ...] = ()
     timings_s: dict[str, float]
 
 
@@ -764,6 +860,24 @@ class Segmentation(Inference):
                         "volumes_ml": {"liver": 1450.2, "tumour": 12.5},
                         "voxels": {"liver": 46400, "tumour": 400},
                         "provider": "CPUExecutionProvider",
+                        "certificate": _CERTIFICATE,
+                        "files": [
+                            {
+                                "format": "nifti",
+                                "media_type": "application/gzip",
+                                "sha256": _SHA,
+                                "size_bytes": 52142,
+                                "certificate": _CERTIFICATE,
+                                "notes": [],
+                            }
+                        ],
+                        "not_made": [
+                            {
+                                "format": "dicom-seg",
+                                "code": "source_not_dicom",
+                                "detail": "the scan was sent as nifti",
+                            }
+                        ],
                         "timings_s": {"model": 1.5},
                     },
                 }

@@ -2,7 +2,7 @@
 
 A message wakes it; it then works on the best waiting run of its queue until none waits. Every mask
 is proven before anyone gets it: written, read back by another reader, compared with the source grid
-(`imaging.geometry`); a mask that cannot be proven fails the run.
+(`service.results`); a mask that cannot be proven fails the run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -20,14 +19,16 @@ from typing import Any
 import numpy as np
 from celery import shared_task
 
-from imaging import geometry, nifti, preview
+from imaging import nifti, preview
+from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
 from models import predict
 from models.session import OnnxSession, SessionCache, open_session
-from service import runs, volumes
+from service import results, runs, volumes
 from service.db import RunKind, RunState
 from service.db import Volume as VolumeRow
 from service.lease import Keeper
+from service.results import INTENDED_USE
 from service.runs import Lease, NewArtifact
 from service.settings import Settings
 from service.worker import Worker, this_worker, work_through
@@ -35,7 +36,6 @@ from service.worker import Worker, this_worker, work_through
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
-INTENDED_USE = "research use only; not a medical device"
 
 
 @shared_task(name="service.infer", ignore_result=True)  # type: ignore[untyped-decorator]  # Celery
@@ -70,17 +70,26 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
     source = _source(row)
     mask = np.ascontiguousarray(on_source_grid(found.labels, source))
     with tempfile.TemporaryDirectory(dir=worker.store.tmp) as folder:
-        mask_path, preview_path = Path(folder) / "mask.nii.gz", Path(folder) / "preview.png"
-        nifti.write(mask_path, mask, source.affine, description=INTENDED_USE)
+        preview_path = Path(folder) / "preview.png"
+        writing = time.monotonic()
         try:
-            certificate = geometry.certify(mask_path, source, mask)
-        except geometry.GeometryError as error:
+            published = results.publish(
+                worker.store,
+                Path(folder),
+                lease=lease,
+                row=row,
+                source=source,
+                mask=mask,
+                found=found,
+            )
+        except GeometryError as error:
             _fail(worker, lease, "geometry_not_certified", str(error))
             return
+        write_s = time.monotonic() - writing
         window = preview.WINDOW_HU if row.modality == "CT" else None
         preview.overlay_png(scan, found.labels, preview_path, window=window)
         files = [
-            NewArtifact("mask.nii.gz", *worker.store.put_file(mask_path), "application/gzip"),
+            *published.artifacts,
             NewArtifact("preview.png", *worker.store.put_file(preview_path), "image/png"),
         ]
     names = model.manifest.labels
@@ -98,10 +107,11 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         "voxels": found.voxels,
         "volumes_ml": found.volumes_ml,
         "num_windows": found.num_windows,
-        "certificate": asdict(certificate),
+        **published.result,
         "timings_s": {
             "model": opened_s,
             **found.timings_s,
+            "write": write_s,
             "total": time.monotonic() - began,
         },
     }

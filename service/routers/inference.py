@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fastapi import Response
 from sqlalchemy.orm import Session
 
 from service import db, registry, runs, schemas, volumes
 from service.auth import Principal
 from service.errors import ServiceError
+from service.formats import ARTIFACTS
 from service.idempotency import Answer
 from service.routers import answers, deps, files
 from service.routers.runs import require_kind
 from service.storage import Store
+
+_FORMAT_OF = {name.partition(".")[0]: form for form, name in ARTIFACTS.items()}
 
 CREATE_PROBLEMS = (
     "forbidden",
@@ -33,10 +39,12 @@ def work_of(
     model_kind: str,
     collection: str,
     view: answers.View,
+    options: Mapping[str, Any] | None = None,
 ) -> deps.Work:
     """Queue `kind` of the asked-for model on the asked-for volume.
 
-    The reference is resolved now, so an alias that moves later changes nothing.
+    The reference is resolved now, so an alias that moves later changes nothing. `options` go into
+    the run's spec.
     """
 
     def work(session: Session) -> Answer:
@@ -51,7 +59,11 @@ def work_of(
             "digest": version.digest,
         }
         run = runs.create(
-            session, kind=kind, spec={"model": model}, volume_id=volume.id, principal=caller.id
+            session,
+            kind=kind,
+            spec={"model": model, **(options or {})},
+            volume_id=volume.id,
+            principal=caller.id,
         )
         return answers.accepted(run, collection, view)
 
@@ -97,12 +109,12 @@ def artifact(
         session: Database session.
         store: Where the file lies.
         run_id: The segmentation.
-        name: `mask` or `preview`: the artifact's name without suffixes.
+        name: The artifact's name without suffixes, such as `mask`, `seg` or `preview`.
         filename: What the download is called.
         media_type: Of the download.
 
     Raises:
-        ServiceError: 404 `not_found`; 409 `not_ready`.
+        ServiceError: 404 `not_found`; 409 `not_ready`, `format_not_made`.
         BlobCorrupt: The file is missing or has changed.
     """
     run = runs.get(session, run_id, kinds=[db.RunKind.SEGMENT])
@@ -118,4 +130,19 @@ def artifact(
         if found.name.partition(".")[0] == name:
             session.rollback()  # nothing is locked while the file is hashed
             return files.attachment(store.verify(found.sha256), filename, media_type)
+    if name in _FORMAT_OF:
+        raise _not_made(run, _FORMAT_OF[name])
     raise ServiceError(404, "not_found", f"the segmentation has no {name}")
+
+
+def _not_made(run: db.Run, form: str) -> ServiceError:
+    """Why a result has no file of this format, as the run recorded it."""
+    for one in (run.result or {}).get("not_made", ()):
+        if one["format"] == form:
+            reason, detail = str(one["code"]), str(one["detail"])
+            break
+    else:
+        reason, detail = "not_asked", "it was not asked for: see `formats` of the request"
+    return ServiceError(
+        409, "format_not_made", f"there is no {form}: {detail}", extra={"reason": reason}
+    )

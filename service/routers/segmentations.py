@@ -8,6 +8,7 @@ from fastapi import Query, Response
 from fastapi.responses import JSONResponse
 
 from service import db, runs, schemas
+from service.formats import ARTIFACTS, MEDIA_TYPES, SUFFIXES, MaskFormat
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import answers, deps, docs, files, inference, views
 
@@ -26,7 +27,7 @@ router = deps.router("segmentations")
     | docs.problems(*inference.CREATE_PROBLEMS),
 )
 async def create_segmentation(
-    ask: schemas.InferenceCreate,
+    ask: schemas.SegmentationCreate,
     caller: deps.Annotator,
     once: deps.OnceOf,
     settings: deps.SettingsOf,
@@ -40,6 +41,7 @@ async def create_segmentation(
         model_kind="segmenter",
         collection="segmentations",
         view=views.segmentation,
+        options={"formats": list(ask.formats)},
     )
     return await answers.queue(once, caller, settings, work, view=views.segmentation, prefer=prefer)
 
@@ -89,19 +91,35 @@ def get_segmentation(
     operation_id="download_mask",
     summary="Download the mask",
     response_class=Response,
-    responses=docs.file("NIfTI (.nii.gz), uint8, on the grid of the scan as sent", files.BYTES)
-    | docs.problems("invalid_request", "not_found", "not_ready", "blob_corrupt"),
+    responses=docs.file(
+        "NIfTI (.nii.gz), uint8, on the grid of the scan as sent; or DICOM of the scan's own study",
+        files.BYTES,
+        "application/dicom",
+    )
+    | docs.problems("invalid_request", "not_found", "not_ready", "format_not_made", "blob_corrupt"),
 )
 def download_mask(
     segmentation_id: schemas.SegmentationId,
     _caller: deps.Viewer,
     session: deps.DbSession,
     store: deps.StoreOf,
+    format: Annotated[
+        MaskFormat,
+        Query(
+            description="`nifti`; or, of a scan sent as DICOM: the mask as `dicom-seg`, its "
+            "volumes in ml as `dicom-sr` (TID 1500), its outlines as `rtstruct` (if `formats` of "
+            "the request named it)."
+        ),
+    ] = "nifti",
 ) -> Response:
-    """The mask, its bytes checked against their digest."""
-    name = f"{segmentation_id}.nii.gz"
+    """The mask in one of its formats, its bytes checked against their digest."""
     return inference.artifact(
-        session, store, segmentation_id, "mask", filename=name, media_type=files.BYTES
+        session,
+        store,
+        segmentation_id,
+        ARTIFACTS[format].partition(".")[0],
+        filename=f"{segmentation_id}{SUFFIXES[format]}",
+        media_type=files.BYTES if format == "nifti" else MEDIA_TYPES[format],
     )
 
 

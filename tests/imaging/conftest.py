@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -36,3 +38,14 @@ def small_zip(small: Phantom, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its DICOM files in a zip."""
     path = tmp_path_factory.mktemp("zip") / "series.zip"
     return phantom.write_dicom_zip(small.volume, path, seed=7)
+
+
+@pytest.fixture(scope="session")
+def series() -> ModuleType:
+    """The helpers of `dicom_series.py` (test folders are no packages)."""
+    path = Path(__file__).with_name("dicom_series.py")
+    spec = importlib.util.spec_from_file_location("dicom_series", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -100,3 +102,18 @@ def test_a_cut_off_mask_is_not_certified(tmp_path, source, labels):
 
     with pytest.raises(GeometryError, match="damaged"):
         certify(tmp_path / "mask.nii.gz", source, labels)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_large_masks_in_any_direction_are_certified(tmp_path, order):
+    """A qform's float32 quaternion is coarse near half a turn: then there must be none."""
+    for signs in itertools.product((1, -1), repeat=3):
+        affine = np.eye(4)
+        affine[:3, :3] = np.eye(3)[:, order] * signs * (0.7, 0.7, 3.1)
+        affine[:3, 3] = (173.2, -140.9, -911.7)
+        source = Grid((512, 512, 2), affine)
+        labels = np.zeros(source.shape, dtype=np.uint8)
+        labels[0, 0, 0] = 1
+        nifti.write(tmp_path / "mask.nii", labels, affine)
+
+        assert certify(tmp_path / "mask.nii", source, labels).max_corner_error_mm < 1e-3
