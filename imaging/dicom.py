@@ -26,6 +26,8 @@ from imaging.limits import MAX_FILE_BYTES, read_capped, shared_reads
 from imaging.slices import Slices, regular_grid, to_grid
 from imaging.volume import Array, Grid, Volume, canonical_affine, empty_canonical, on_source_grid
 
+__all__ = ["Series", "Source", "Unused", "Used", "read_series"]
+
 _HEADER_BYTES = (16 << 10, 256 << 10, 4 << 20)
 """How much of a file is read for its header, in turn, before all of it is."""
 
