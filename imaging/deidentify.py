@@ -17,11 +17,11 @@ from imaging.archive import Member, is_zip, open_members
 from imaging.deidentify_dicom import PROFILE, Refused, clean_object
 from imaging.deidentify_formats import clean_file, clean_path, clean_voxels, form_of
 from imaging.deidentify_rules import EDITION
-from imaging.dicom_file import looks_like_dicom
+from imaging.dicom_file import looks_like_dicom, refuse_commands
 from imaging.dicom_header import patient_key
 from imaging.errors import ScanError
 from imaging.identity import Policy, Pseudonyms
-from imaging.limits import CHUNK_BYTES, MAX_FILE_BYTES, read_capped
+from imaging.limits import CHUNK_BYTES, MAX_FILE_BYTES, read_capped, shared_reads
 from imaging.volume_files import SNIFF_BYTES, Form, detached
 from imaging.volume_files import form_of as form_of_scan
 
@@ -139,7 +139,8 @@ def _clean_zip(
         raise ScanError("archive_unsafe", f"file {forms.index('zip')} is itself a zip")
     if "dicom" in forms:
         kept = _Kept()
-        with _new_zip(target) as archive:
+        # Each is parsed twice: for its elements' number, and in full.
+        with _new_zip(target) as archive, shared_reads(2 * len(members)):
             for place, member in enumerate(members):
                 if forms[place] == "dicom":
                     kept.take(archive, place, member, names, policy)
@@ -176,7 +177,7 @@ class _Kept:
     ) -> None:
         """Clean one object into the archive, or say why not."""
         with member() as file:
-            found = clean_object(read_capped(file, MAX_FILE_BYTES), names, policy)
+            found = _cleaned(file, names, policy)
         if isinstance(found, Refused):
             self.left_out[place] = LeftOut(found.reason, found.sop_uid)
             if found.is_quarantined:
@@ -208,6 +209,15 @@ class _Kept:
             patients=frozenset(filter(None, self.patients.values())),
             facts=facts,
         )
+
+
+def _cleaned(file: BinaryIO, names: Pseudonyms, policy: Policy) -> Cleaned | Refused:
+    start = file.read(SNIFF_BYTES)
+    try:
+        refuse_commands(start)  # before megabytes of zeros are unpacked
+    except ScanError as error:
+        return Refused(error.detail, is_quarantined=False)
+    return clean_object(read_capped(file, MAX_FILE_BYTES, start=start), names, policy)
 
 
 def _clean_volume(

@@ -67,6 +67,7 @@ _CAPTURES = {
 }
 _MODALITIES_WITH_TEXT = {"US", "IVUS", "ES", "XC", "SC", "DOC"}
 _SCREEN = re.compile(r"SCREEN[ _]?SAVE|SCREENSHOT|DOSE[ _]INFO|(.* )?PROT")
+_SOP_CLASS = 0x00080016
 _CODE = re.compile(r"[A-Z0-9 _]{0,16}")
 _DECIMAL = re.compile(r"[-+0-9.eE ]{0,40}")
 _TIME = re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
@@ -113,7 +114,7 @@ def clean_object(data: bytes, names: Pseudonyms, policy: Policy) -> Cleaned | Re
     """
     with quiet():
         try:
-            parse_until_pixels(data, ["SOPClassUID"])  # refuses elements without end
+            parse_until_pixels(data, [_SOP_CLASS])  # refuses elements without end
             dataset = parse(data)
             return _clean_object(dataset, data, names, policy)
         except MemoryError:

@@ -39,6 +39,12 @@ _PIXELS = 0x7FE00008
 _MAX_ELEMENTS = 20_000
 """At the top level before the pixels; runs of zeros look like elements without end."""
 
+_MAX_ITEMS = 200_000
+"""Of all sequences and of the pixels' fragments; an enhanced series of 8,000 frames has 50,000."""
+
+_ITEM_MARKS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
+"""The tag of an item, little and big endian (PS3.5, 7.5)."""
+
 _UID = re.compile(r"[0-9.]{1,64}", re.ASCII)
 
 
@@ -72,8 +78,9 @@ def parse(data: bytes, **options: Any) -> Dataset:
 
     Call it within `quiet`; a damaged file makes pydicom raise anything.
     """
-    _refuse_commands(data)
+    refuse_commands(data)
     inflated = _inflate(data)
+    _refuse_items_without_end(data if inflated is None else inflated)
     if inflated is not None:
         dataset = pydicom.dcmread(Metered(inflated), force=True, **options)
         dataset.file_meta = FileMetaDataset()
@@ -84,13 +91,27 @@ def parse(data: bytes, **options: Any) -> Dataset:
     return dataset
 
 
-def _refuse_commands(data: bytes) -> None:
-    """Network commands (group 0000) do not stand in files; pydicom would read zeros as such."""
+def refuse_commands(data: bytes) -> None:
+    """Network commands (group 0000) do not stand in files; pydicom would read zeros as such.
+
+    Args:
+        data: A file, or its first bytes.
+
+    Raises:
+        ScanError: `not_a_scan`.
+    """
     start = 132 if data[128:132] == b"DICM" else 0
     if data[start : start + 8] == b"\x02\0\0\0UL\x04\0":
         start += 12 + int.from_bytes(data[start + 8 : start + 12], "little")
     if data[start : start + 2] == b"\0\0" and start + 2 <= len(data):
         raise ScanError("not_a_scan", "a damaged DICOM object, or none")
+
+
+def _refuse_items_without_end(data: bytes) -> None:
+    """Bound what converting sequences costs: an empty item is 8 bytes and 20 microseconds."""
+    num_items = max(data.count(mark) for mark in _ITEM_MARKS)
+    if num_items > _MAX_ITEMS:
+        raise ScanError("too_large", f"a DICOM object of more than {_MAX_ITEMS} items")
 
 
 def _complete_meta(dataset: Dataset) -> None:
@@ -105,7 +126,7 @@ def parse_until_pixels(data: bytes, tags: Sequence[int]) -> tuple[Dataset, int]:
     """The data set without its pixels, and the byte where parsing stopped."""
     if is_deflated(data):
         return parse(data, specific_tags=tags, stop_before_pixels=True), len(data)
-    _refuse_commands(data)
+    refuse_commands(data)
     file = Metered(data)
     num_elements = count()
 

@@ -13,12 +13,12 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from imaging import nifti
+from imaging.confine import confine
 from imaging.dicom_header import quiet
 from imaging.errors import ScanError
 from imaging.geometry import GeometryError
 from imaging.results import readback
 from imaging.results.certificate import Certificate, Labels
-from imaging.results.confine import confine
 from imaging.results.facts import Facts, Label
 from imaging.results.report import write_report
 from imaging.results.segmentation import write_segmentation
@@ -139,12 +139,16 @@ def main() -> int:
     parser.add_argument("--cpu-s", type=int, required=True)
     parser.add_argument("--file-bytes", type=int, required=True)
     parser.add_argument("--open-files", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True, help="process id of the parent")
     options = parser.parse_args()
     confine(
         memory_bytes=options.memory_bytes,
         cpu_s=options.cpu_s,
         file_bytes=options.file_bytes,
         open_files=options.open_files,
+        parent_pid=options.parent,
+        readable=[options.source, options.mask],
+        writable=options.out,
     )
     job = json.loads(options.job.read_bytes())
     try:

@@ -1,6 +1,6 @@
 """Results of a DICOM source in a child process with limits: its headers are hostile bytes.
 
-The child gets a bare environment, no standard input, and hard limits (as `imaging.sandbox` has it).
+The child gets a bare environment, no standard input, and the walls of `imaging.confine`.
 Whatever it cannot write is named; only a file that differs from what was computed is an error.
 """
 
@@ -147,6 +147,7 @@ def _run(arguments: list[str], out_dir: Path, limits: Limits) -> tuple[int, byte
         f"--cpu-s={limits.cpu_s}",
         f"--file-bytes={limits.file_bytes}",
         f"--open-files={limits.open_files}",
+        f"--parent={os.getpid()}",
         "--",
         *arguments,
     ]
