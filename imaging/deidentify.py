@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from imaging.archive import Member, is_zip, open_members
-from imaging.deidentify_dicom import PROFILE, Refused, clean_object
+from imaging.deidentify_dicom import PROFILE, Cleaned, Refused, clean_object
 from imaging.deidentify_formats import clean_file, clean_path, clean_voxels, form_of
 from imaging.deidentify_rules import EDITION
 from imaging.dicom_file import looks_like_dicom, refuse_commands
