@@ -43,13 +43,15 @@ from imaging.deidentify_rules import (
     vr_of,
 )
 from imaging.dicom2d import RADIOGRAPHS
-from imaging.dicom_file import kind_of, parse, quiet, sop_class_of
+from imaging.dicom_file import kind_of, parse, parse_until_pixels, quiet, sop_class_of
 from imaging.dicom_header import MULTI_FRAME, SINGLE_FRAME, patient_key
 from imaging.errors import ScanError
 from imaging.identity import Policy, Pseudonyms
 
 PROFILE = "PS3.15 Basic Application Level Confidentiality Profile"
 MAX_DEPTH = 16
+_MAX_CODES = 1000
+"""UIDs or codes in one attribute; pixels under a wrong tag look like more of them."""
 
 _IMPLEMENTATION = "2.25.222905148736125960104838296518170410453"
 _NO_DATA_SET = (0x0000, 0x0002)
@@ -111,6 +113,7 @@ def clean_object(data: bytes, names: Pseudonyms, policy: Policy) -> Cleaned | Re
     """
     with quiet():
         try:
+            parse_until_pixels(data, ["SOPClassUID"])  # refuses elements without end
             dataset = parse(data)
             return _clean_object(dataset, data, names, policy)
         except MemoryError:
@@ -212,6 +215,8 @@ class _Cleaner:
                 self.clean(item, depth + 1)
             return True
         values = _many(element.value)
+        if vr in ("UI", "CS") and len(values) > _MAX_CODES:
+            return False
         if vr == "UI":
             mapped = [self._names.uid(str(value)) for value in values]
             dataset[element.tag] = DataElement(element.tag, "UI", mapped)

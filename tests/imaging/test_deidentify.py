@@ -417,3 +417,26 @@ def test_sequences_without_end_go() -> None:
     assert isinstance(found, Cleaned)
     assert b"CANARY" not in found.data
     assert b"Doe^Jane" not in found.data
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_mutated_objects_are_cleaned_or_refused_and_nothing_else(syntax) -> None:
+    dataset, _ = every_attribute()
+    whole = nested(dataset, 1)
+    whole.SOPClassUID = CTImageStorage
+    seeds = [as_file(ct(), syntax), as_file(whole, syntax)]
+    rng = np.random.default_rng(5)
+    outcomes = set()
+
+    for number in range(400):
+        data = bytearray(seeds[number % 20 == 0])
+        for at in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[at] = rng.integers(0, 256)
+        if number % 3 == 0:
+            data = data[: rng.integers(1, len(data))]
+        try:
+            outcomes.add(type(clean_object(bytes(data), NAMES, SHIFT)))
+        except ScanError as error:
+            assert error.code == "too_large"
+
+    assert outcomes == {Cleaned, Refused}

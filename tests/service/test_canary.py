@@ -495,4 +495,4 @@ def test_without_de_identification_the_same_search_finds_what_was_sent(
     rows.look_in_database(settings.database_url)
 
     assert set.union(*kept.found.values()) >= {*IN_DICOM, *IN_ZIP, *IN_NIFTI, "birth_date"}
-    assert rows.found == {"table volume": {"series_uid"}}
+    assert rows.found == {"table volume": {"series_uid", "instance_uid"}}
