@@ -122,10 +122,15 @@ def _complete_meta(dataset: Dataset) -> None:
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
 
 
-def parse_until_pixels(data: bytes, tags: Sequence[int]) -> tuple[Dataset, int]:
-    """The data set without its pixels, and the byte where parsing stopped."""
+def parse_until_pixels(data: bytes, tags: Sequence[int | str]) -> tuple[Dataset, int]:
+    """The data set without its pixels, and the byte where parsing stopped.
+
+    Args:
+        data: The file, or its start.
+        tags: What to keep; as numbers where many files are read.
+    """
     if is_deflated(data):
-        return parse(data, specific_tags=tags, stop_before_pixels=True), len(data)
+        return parse(data, specific_tags=list(tags), stop_before_pixels=True), len(data)
     refuse_commands(data)
     file = Metered(data)
     num_elements = count()
@@ -135,7 +140,8 @@ def parse_until_pixels(data: bytes, tags: Sequence[int]) -> tuple[Dataset, int]:
             raise ScanError("not_a_scan", f"a DICOM object of more than {_MAX_ELEMENTS} elements")
         return int.__ge__(tag, _PIXELS)  # as numbers; comparing as tags takes ten times as long
 
-    dataset = read_partial(file, is_end, force=True, specific_tags=list(tags))
+    wanted = [Tag(tag) if isinstance(tag, str) else tag for tag in tags]
+    dataset = read_partial(file, is_end, force=True, specific_tags=wanted)
     _complete_meta(dataset)
     return dataset, file.tell()
 
