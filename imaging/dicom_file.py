@@ -111,7 +111,7 @@ def _refuse_items_without_end(data: bytes) -> None:
     """Bound what converting sequences costs: an empty item is 8 bytes and 20 microseconds."""
     num_items = max(data.count(mark) for mark in _ITEM_MARKS)
     if num_items > _MAX_ITEMS:
-        raise ScanError("too_large", f"a DICOM object of more than {_MAX_ITEMS} items")
+        raise ScanError("not_a_scan", f"a DICOM object of more than {_MAX_ITEMS} items")
 
 
 def _complete_meta(dataset: Dataset) -> None:

@@ -122,6 +122,8 @@ class Native:
     size_bytes: int
     """As declared; the file may hold less."""
     dtype: np.dtype[Any]
+    bits_stored: int
+    """The lowest ones; what stands above them (PS3.5, 8.1.1) is not of the value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,10 @@ def _native(dataset: Dataset, element: bytes, at: int) -> Native | None:
     size = int.from_bytes(length, "little")
     if size == 0xFFFFFFFF:
         return None
-    return Native(value_at, size, np.dtype(f"<{'i' if is_signed else 'u'}{bits // 8}"))
+    stored = int(dataset.get("BitsStored") or bits)
+    if not 1 <= stored <= bits:
+        return None
+    return Native(value_at, size, np.dtype(f"<{'i' if is_signed else 'u'}{bits // 8}"), stored)
 
 
 def _judge(dataset: Dataset, member: int, native: Native | None) -> Header:

@@ -69,6 +69,7 @@ def stored_frames(file: Source, header: Header, planes: Sequence[Plane]) -> Iter
         return
     shape = (header.rows, header.columns)
     num_bytes = header.rows * header.columns * header.native.dtype.itemsize
+    spare = 8 * header.native.dtype.itemsize - header.native.bits_stored
     _check_size(header, header.native.size_bytes, num_bytes)
     with _at_pixels(file, header.native) as (stream, offset):
         for index in indices:
@@ -76,6 +77,9 @@ def stored_frames(file: Source, header: Header, planes: Sequence[Plane]) -> Iter
             stored = np.empty(shape, dtype=header.native.dtype)
             found = _fill(stream, stored.data.cast("B"))
             _check_size(header, index * num_bytes + found, num_bytes, upto=index + 1)
+            if spare:  # above the stored bits: an overlay, or no sign (PS3.5, 8.1.1)
+                np.left_shift(stored, spare, out=stored)
+                np.right_shift(stored, spare, out=stored)
             yield stored
 
 

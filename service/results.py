@@ -103,6 +103,7 @@ def _dicom(
         mask_path,
         out,
         series_uid=str(row.intake.get("series_uid", "")),
+        sop_uids=[str(one["sop_uid"]) for one in row.intake.get("used", ())],
         grid=source,
         facts=_facts(lease, found),
         formats=formats,

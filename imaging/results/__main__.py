@@ -46,7 +46,7 @@ def write_all(job: dict[str, Any], source_path: Path, mask_path: Path, out: Path
     mask, _ = nifti.read_stored(mask_path)
     labels: Labels = mask.astype(np.uint8, copy=False)
     try:
-        source = read_source(source_path, job["series_uid"], grid)
+        source = read_source(source_path, job["series_uid"], grid, job["sop_uids"])
     except (SourceError, ScanError) as error:
         return {"files": [], "not_made": _each(job["formats"], error.code, error.detail)}
     return _Writer(source, labels, facts, out).write(job["formats"])
@@ -57,7 +57,7 @@ class _Writer:
 
     def __init__(self, source: SourceSeries, mask: Labels, facts: Facts, out: Path) -> None:
         self._source, self._mask, self._facts, self._out = source, mask, facts, out
-        self._names = {label.name[:64]: label.value for label in facts.labels}
+        self._names = {label.shown: label.value for label in facts.labels}
         self._seg: Dataset | None = None
 
     def write(self, formats: list[str]) -> dict[str, Any]:

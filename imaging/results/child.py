@@ -63,6 +63,7 @@ def write_results(
     out_dir: Path,
     *,
     series_uid: str,
+    sop_uids: Sequence[str],
     grid: Grid,
     facts: Facts,
     formats: Sequence[Format],
@@ -75,6 +76,7 @@ def write_results(
         mask_path: The mask (NIfTI) on the source's grid.
         out_dir: Existing folder for the files and for scratch.
         series_uid: The series that the volume was made of.
+        sop_uids: Of each file that it was made of.
         grid: The source's grid.
         facts: What results state of themselves.
         formats: Which.
@@ -87,6 +89,7 @@ def write_results(
     limits = limits or limits_for(grid)
     job = {
         "series_uid": series_uid,
+        "sop_uids": list(sop_uids),
         "shape": list(grid.shape),
         "affine": grid.affine.tolist(),
         "facts": asdict(facts),

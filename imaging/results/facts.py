@@ -19,6 +19,9 @@ def colour_of(number: int) -> tuple[int, int, int]:
     return _COLOURS[(number - 1) % len(_COLOURS)]
 
 
+_LO_CHARACTERS = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Label:
     """A label of the mask."""
@@ -28,6 +31,15 @@ class Label:
     """In the mask."""
     volume_ml: float
     num_voxels: int
+
+    @property
+    def shown(self) -> str:
+        """The name where it is valid as LO (PS3.5, 6.2); else one that is, of this label alone."""
+        text = "".join(c if c.isprintable() and c != "\\" else " " for c in self.name).strip()
+        if text == self.name and 0 < len(text) <= _LO_CHARACTERS:
+            return text
+        mark = f"#{self.value}"
+        return f"{text[: _LO_CHARACTERS - 1 - len(mark)].strip()} {mark}".strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ def _sites(label: Label) -> list[FindingSite] | None:
 
 
 def _tracking(label: Label, facts: Facts) -> TrackingIdentifier:
-    return TrackingIdentifier(uid=facts.uid(f"tracking {label.value}"), identifier=label.name[:64])
+    return TrackingIdentifier(uid=facts.uid(f"tracking {label.value}"), identifier=label.shown)
 
 
 def _volume(label: Label, facts: Facts) -> Measurement:

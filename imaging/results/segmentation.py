@@ -100,7 +100,7 @@ def _describe(number: int, label: Label, facts: Facts) -> SegmentDescription:
     terms = terms_of(label.name)
     return SegmentDescription(
         segment_number=number,
-        segment_label=label.name[:64],
+        segment_label=label.shown,
         segmented_property_category=CodedConcept.from_code(terms.category),
         segmented_property_type=CodedConcept.from_code(terms.type),
         algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,

@@ -26,6 +26,7 @@ from pydicom.uid import UID
 from pydicom.valuerep import DSfloat
 
 from imaging.archive import is_zip, open_members
+from imaging.dicom_file import clean_uid
 from imaging.dicom_header import (
     MULTI_FRAME,
     SINGLE_FRAME,
@@ -35,9 +36,9 @@ from imaging.dicom_header import (
     sop_class_of,
 )
 from imaging.dicom_voxels import Source as File
-from imaging.errors import ScanError
+from imaging.geometry import MAX_CORNER_ERROR_MM
 from imaging.limits import MAX_FILE_BYTES, read_capped
-from imaging.results.certificate import Labels, Mapped, sampled
+from imaging.results.certificate import Labels, Mapped, corner_error_mm, sampled
 from imaging.volume import Affine, Grid
 
 CHARACTER_SET = "ISO_IR 192"
@@ -166,16 +167,21 @@ class _Candidate:
 
     @property
     def series_uid(self) -> str:
-        return str(self.header.get("SeriesInstanceUID", ""))
+        return clean_uid(self.header.get("SeriesInstanceUID"))
+
+    @property
+    def sop_uid(self) -> str:
+        return clean_uid(self.header.get("SOPInstanceUID"))
 
 
-def read_source(path: Path, series_uid: str, grid: Grid) -> SourceSeries:
+def read_source(path: Path, series_uid: str, grid: Grid, sop_uids: Sequence[str]) -> SourceSeries:
     """Find the slices that a mask belongs to in what was sent.
 
     Args:
         path: DICOM file, zip or folder, as it was read by the intake.
         series_uid: The series that the volume was made of.
         grid: The mask's grid, columns, rows and slices of the source.
+        sop_uids: Of each file that the volume was made of, as the intake recorded them.
 
     Raises:
         SourceError: `source_not_found` (no slices there on the mask's grid),
@@ -187,13 +193,19 @@ def read_source(path: Path, series_uid: str, grid: Grid) -> SourceSeries:
     chosen = [one for one in found if one.series_uid == series_uid]
     if not chosen:
         chosen = _only_series_on(found, grid)
-    chosen = _distinct(chosen)
+    wanted = set(sop_uids)
+    chosen = _distinct([one for one in chosen if one.sop_uid in wanted])
     if not chosen:
         raise SourceError("source_not_found", "no slices of the scan's series in the stored file")
+    if len(chosen) != len(sop_uids):
+        raise SourceError(
+            "source_header_unusable",
+            f"{len(chosen)} of the {len(sop_uids)} images have an instance UID of their own",
+        )
     on_grid = [one for one in chosen if _slices(one, grid)]
     covered = sorted(number for one in on_grid for number in _slices(one, grid))
-    is_identity = covered == list(range(grid.shape[2]))
-    used = on_grid if is_identity else _parallel(chosen)
+    is_identity = len(on_grid) == len(chosen) and covered == list(range(grid.shape[2]))
+    used = chosen
     if any("NumberOfFrames" in one.header for one in used) and len(used) > 1:
         raise SourceError(
             "source_header_unusable",
@@ -201,6 +213,7 @@ def read_source(path: Path, series_uid: str, grid: Grid) -> SourceSeries:
         )
     used = sorted(used, key=lambda one: _depth(one, grid))
     _require_one(used)
+    _share_measures(used)
     images = tuple(_template(one, grid, is_identity=is_identity) for one in used)
     planes = tuple(
         SourcePlane(image, frame, affine)
@@ -257,9 +270,9 @@ def _candidate(file: File) -> _Candidate | None:
             del header.NumberOfFrames
         affines = tuple(_affine(header, frame) for frame in range(num_frames))
         return _Candidate(header, affines, int(header.Rows), int(header.Columns))
-    except (ScanError, MemoryError):
+    except MemoryError:
         raise
-    except Exception:  # noqa: BLE001  # pydicom lets a dozen error types out
+    except Exception:  # noqa: BLE001  # ours, and pydicom lets a dozen error types out
         return None  # the intake left it out too
 
 
@@ -329,17 +342,6 @@ def _slices(one: _Candidate, grid: Grid) -> list[int]:
     return numbers
 
 
-def _parallel(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Those of the most common size and direction (tilted or uneven series, resampled)."""
-
-    def key(one: _Candidate) -> tuple[Any, ...]:
-        return (one.rows, one.columns, *np.round(one.affines[0][:3, :3], 3).ravel())
-
-    keys = [key(one) for one in candidates]
-    most = max(keys, key=keys.count)
-    return [one for one, its in zip(candidates, keys, strict=True) if its == most]
-
-
 def _depth(one: _Candidate, grid: Grid) -> float:
     return float((np.linalg.inv(grid.affine) @ one.affines[0])[2, 3])
 
@@ -350,6 +352,23 @@ def _require_one(used: list[_Candidate]) -> None:
             raise SourceError(
                 "source_header_unusable", f"the slices of the series differ in {keyword}"
             )
+
+
+def _share_measures(used: list[_Candidate]) -> None:
+    """A result states one direction and pixel size: the first slice's, if that moves no corner."""
+    first = used[0]
+    extent = (first.columns, first.rows, 1)
+    for one in used:
+        for affine in one.affines:
+            as_first = first.affines[0].copy()
+            as_first[:3, 3] = affine[:3, 3]
+            if corner_error_mm(as_first, affine, extent) > MAX_CORNER_ERROR_MM / 2:
+                raise SourceError(
+                    "source_header_unusable", "the slices differ in direction or in pixel size"
+                )
+        if "NumberOfFrames" not in one.header:
+            for keyword in ("ImageOrientationPatient", "PixelSpacing"):
+                one.header[keyword] = first.header[keyword]
 
 
 def _template(one: _Candidate, grid: Grid, *, is_identity: bool) -> Dataset:

@@ -150,7 +150,7 @@ def _roi(number: int, label: Label, source: SourceSeries) -> Dataset:
     roi = Dataset()
     roi.ROINumber = number
     roi.ReferencedFrameOfReferenceUID = source.images[0].FrameOfReferenceUID
-    roi.ROIName = label.name[:64]
+    roi.ROIName = label.shown
     roi.ROIVolume = DSfloat(label.volume_ml, auto_format=True)  # cm3
     roi.ROIGenerationAlgorithm = "AUTOMATIC"
     roi.ROIGenerationDescription = APPROXIMATION

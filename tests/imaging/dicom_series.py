@@ -72,6 +72,7 @@ def results_of(
         "shape": list(scan.source.shape),
         "affine": scan.source.affine.tolist(),
         "series_uid": scan.series_uid,
+        "sop_uids": [one.sop_uid for one in scan.used],
         "formats": formats,
     }
     with quiet():

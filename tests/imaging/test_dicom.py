@@ -472,3 +472,29 @@ def test_pydicom_alone_would_have_told(small_series, caplog):
 
     assert "CANAR" in caplog.text
     assert any("CANAR" in str(warning.message) for warning in told)
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_bits_above_those_stored_are_no_part_of_the_value(tmp_path, is_signed):
+    from imaging import phantom_dicom
+    from imaging.volume import Volume
+
+    random = np.random.default_rng(0)
+    values = random.integers(-2048 if is_signed else 0, 2048, (8, 9, 4)).astype(np.int16)
+    files = phantom_dicom.write_dicom_series(Volume(values, np.eye(4)), tmp_path / "in", seed=0)
+    clean = read_scan(tmp_path / "in", kind="image").volume.voxels
+    for file in files:
+        one = pydicom.dcmread(file)
+        stored = np.frombuffer(one.PixelData, "<u2")
+        slope, intercept = int(one.RescaleSlope), int(one.RescaleIntercept)
+        hu = stored.astype(np.int16).astype(int) * slope + intercept
+        one.RescaleIntercept = 0
+        one.PixelRepresentation = int(is_signed)
+        one.BitsStored, one.HighBit = 12, 11
+        overlay = (random.integers(0, 16, stored.shape) << 12).astype("<u2")
+        one.PixelData = ((hu & 0x0FFF).astype("<u2") | overlay).tobytes()
+        one.save_as(file, enforce_file_format=True)
+
+    voxels = read_scan(tmp_path / "in", kind="image").volume.voxels
+
+    assert np.array_equal(voxels, clean)

@@ -28,7 +28,9 @@ def made(series, small_zip, tmp_path_factory):
     series.results_of(small_zip, series.boxes, out)
     scan = read_scan(small_zip, kind="image")
     with quiet():
-        source = read_source(small_zip, scan.series_uid, scan.source)
+        source = read_source(
+            small_zip, scan.series_uid, scan.source, [one.sop_uid for one in scan.used]
+        )
     mask, _ = nifti.read_stored(out / "mask.nii.gz")
     return out, source, mask
 

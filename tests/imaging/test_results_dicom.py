@@ -344,6 +344,7 @@ def run_child(series, small_zip, out, source_path=None, **options):
         out / "mask.nii.gz",
         child,
         series_uid=options.pop("series_uid", scan.series_uid),
+        sop_uids=[one.sop_uid for one in scan.used],
         grid=options.pop("grid", scan.source),
         facts=options.pop("facts", None) or series.facts_of(mask),
         formats=FORMATS,

@@ -52,6 +52,10 @@ def corners(seed: int = 0) -> np.ndarray:
     return labels
 
 
+def sop_uids(files) -> list[str]:
+    return [str(pydicom.dcmread(file).SOPInstanceUID) for file in files]
+
+
 def highdicom_reads(path) -> tuple[np.ndarray, np.ndarray]:
     """Labels and their affine to RAS+, by highdicom's own reader."""
     with quiet():
@@ -141,7 +145,9 @@ def test_a_mask_on_another_grid_lands_on_the_slices_by_the_nearest_voxel(series,
     grid = Grid((12, 10, 16), fine)
 
     with quiet():
-        source = read_source(tmp_path / "in", pydicom.dcmread(files[0]).SeriesInstanceUID, grid)
+        source = read_source(
+            tmp_path / "in", pydicom.dcmread(files[0]).SeriesInstanceUID, grid, sop_uids(files)
+        )
     slices = source.slices_of(mask)
 
     assert source.mapping == "nearest"
@@ -163,7 +169,7 @@ def test_a_nearest_result_is_certified_and_a_wrong_one_is_not(series, tmp_path):
     uid = pydicom.dcmread(files[0]).SeriesInstanceUID
     out = tmp_path / "seg.dcm"
     with quiet():
-        source = read_source(tmp_path, uid, fine)
+        source = read_source(tmp_path, uid, fine, sop_uids(files))
         write_segmentation(out, source, mask, series.facts_of(mask))
 
     proven = readback.certify_segmentation(out, source, mask, series.NAMES)
@@ -180,7 +186,9 @@ def test_a_copy_of_a_slice_does_not_make_a_second_frame(series, tmp_path):
 
     scan = read_scan(tmp_path / "in", kind="image")
     with quiet():
-        source = read_source(tmp_path / "in", scan.series_uid, scan.source)
+        source = read_source(
+            tmp_path / "in", scan.series_uid, scan.source, [one.sop_uid for one in scan.used]
+        )
 
     assert len(source.images) == len(files)
     assert source.mapping == "identity"
