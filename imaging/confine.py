@@ -45,7 +45,17 @@ _CALLS: dict[str, tuple[int, int]] = {
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "bpf": (321, 280),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
+    "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setattr": (314, 274),
+    "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
+    "chmod": (90, -1), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
+    "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
+    "futimesat": (261, -1), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "symlink": (88, -1),
+    "symlinkat": (266, 36), "link": (86, -1), "linkat": (265, 37), "mknod": (133, -1),
+    "mknodat": (259, 33),
 }  # fmt: skip
+_OF_ONE_PROCESS = {"prlimit64": (302, 261), "sched_setaffinity": (203, 122)}
+_FCNTL, _OWNER_COMMANDS = (72, 25), (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX
 _CLONE, _CLONE3, _TGKILL = (56, 220), (435, 435), (234, 131)
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
@@ -171,6 +181,25 @@ def _program(architecture: int, column: int, own_pid: int) -> list[tuple[int, in
         if numbers[column] >= 0:
             lines += [(equal, 0, 1, numbers[column]), (give, 0, 0, _ERROR | _EPERM)]
     lines += [(equal, 0, 1, _CLONE3[column]), (give, 0, 0, _ERROR | _ENOSYS)]  # libc then clones
+    for numbers in _OF_ONE_PROCESS.values():  # of this one alone
+        lines += [
+            (equal, 0, 5, numbers[column]),
+            (load, 0, 0, 16),
+            (equal, 2, 0, 0),
+            (equal, 1, 0, own_pid),
+            (give, 0, 0, _ERROR | _EPERM),
+            (give, 0, 0, _ALLOW),
+        ]
+    own, signal_with, own_ex = _OWNER_COMMANDS
+    lines += [  # O_ASYNC would have the kernel signal whoever is named as a file's owner
+        (equal, 0, 6, _FCNTL[column]),
+        (load, 0, 0, 24),
+        (equal, 3, 0, own),
+        (equal, 2, 0, signal_with),
+        (equal, 1, 0, own_ex),
+        (give, 0, 0, _ALLOW),
+        (give, 0, 0, _ERROR | _EPERM),
+    ]
     lines += [  # threads may begin, processes not; abort() signals its own process
         (equal, 0, 4, _CLONE[column]),
         (load, 0, 0, 16),

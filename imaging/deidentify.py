@@ -74,6 +74,8 @@ class Deidentified:
             told = {name: self.as_sent(part) for name, part in value.items()}
             if isinstance(value.get("member"), int):
                 told["member"] = self.places[value["member"]]
+            if "members" in value and all(isinstance(one, int) for one in value["members"]):
+                told["members"] = [self.places[one] for one in value["members"]]
             return told
         return [self.as_sent(part) for part in value] if isinstance(value, list | tuple) else value
 

@@ -7,6 +7,7 @@ show is not looked at: objects that say, or are known, to carry text in them are
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -68,6 +69,7 @@ _CAPTURES = {
 _MODALITIES_WITH_TEXT = {"US", "IVUS", "ES", "XC", "SC", "DOC"}
 _SCREEN = re.compile(r"SCREEN[ _]?SAVE|SCREENSHOT|DOSE[ _]INFO|(.* )?PROT")
 _SOP_CLASS = 0x00080016
+_PIXELS = {0x7FE00008, 0x7FE00009, 0x7FE00010}
 _CODE = re.compile(r"[A-Z0-9 _]{0,16}")
 _DECIMAL = re.compile(r"[-+0-9.eE ]{0,40}")
 _TIME = re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
@@ -140,20 +142,39 @@ def _clean_object(
     if sop_class not in SINGLE_FRAME | MULTI_FRAME | RADIOGRAPHS | _CAPTURES:
         reason = f"{kind_of(sop_class)}; images alone are kept"
         return Refused(reason, False, series_uid, instance)
+    syntax = UID(str(meta.TransferSyntaxUID))
+    if syntax.is_private or syntax.name == str(syntax):  # what is not registered may be any text
+        return Refused("an unknown transfer syntax", False, series_uid, instance)
     key = patient_key(_text(dataset, "PatientID"))
     patient = names.patient(key) if key else ""
     owner = patient or _text(dataset, "StudyInstanceUID")
 
     days = names.shift_days(owner) if policy.dates == "shift" else None
     deidentify(dataset, names, shift_days=days)
+    if not syntax.is_encapsulated:
+        _cut_pixels(dataset)
     dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, instance
     dataset.PatientName = dataset.PatientID = patient
     _mark(dataset, is_shifted=days is not None)
-    dataset.file_meta = _meta(sop_class, instance, UID(str(meta.TransferSyntaxUID)))
+    dataset.file_meta = _meta(sop_class, instance, syntax)
     dataset.preamble = bytes(128)
     written = BytesIO()
     dataset.save_as(written, enforce_file_format=True)
     return Cleaned(written.getvalue(), series_uid, patient, instance)
+
+
+def _cut_pixels(dataset: Dataset) -> None:
+    """Drop what follows the pixels in their element (PS3.3, C.7.6.3; one pad byte stays)."""
+    pixels = dataset.get("PixelData")
+    if not isinstance(pixels, bytes):
+        return
+    num_samples = math.prod(
+        int(dataset.get(keyword) or 1)
+        for keyword in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")
+    )
+    num_bytes = -(-num_samples * int(dataset.BitsAllocated) // 8)
+    if len(pixels) > num_bytes + num_bytes % 2:
+        dataset.PixelData = pixels[:num_bytes] + bytes(num_bytes % 2)
 
 
 def deidentify(dataset: Dataset, names: Pseudonyms, *, shift_days: int | None = None) -> None:
@@ -199,6 +220,8 @@ class _Cleaner:
                 dataset[tag] = DataElement(tag, vr, DUMMIES.get(vr, "REMOVED"))
             return vr != "SQ"
         stored = dataset.get_item(tag)
+        if depth and tag in _PIXELS:
+            return False
         if tag in KEPT_BYTES and stored.VR in BYTES_VRS and isinstance(stored.value, bytes):
             return True
         try:
@@ -266,25 +289,34 @@ def _moved(value: str, vr: str, days: int) -> str:
 
 def _check_code(item: Dataset) -> None:
     """A code's meaning is text: of a scheme that is not a standard, it may say anything."""
-    if "CodeMeaning" in item and str(item.get("CodingSchemeDesignator")) not in _STANDARD_SCHEMES:
-        item.CodeMeaning = "REMOVED"
-        for keyword in ("CodeValue", "LongCodeValue"):
-            if keyword in item:
-                item[keyword].value = "REMOVED"
+    if str(item.get("CodingSchemeDesignator")) in _STANDARD_SCHEMES:
+        return
+    for keyword in (
+        "CodeMeaning",
+        "CodeValue",
+        "LongCodeValue",
+        "CodingSchemeDesignator",
+        "CodingSchemeVersion",
+    ):
+        if keyword in item:
+            item[keyword].value = "REMOVED"
 
 
 def _risk_of(dataset: Dataset, sop_class: UID) -> str:
     """Why pixels may show who the patient is; empty where nothing says so (PS3.15 E.1.1)."""
-    if _text(dataset, "BurnedInAnnotation").strip().upper() == "YES":
+    if "YES" in _words(dataset, "BurnedInAnnotation"):
         return "BurnedInAnnotation is YES"
     if sop_class in _CAPTURES:
         return f"{kind_of(sop_class)}, which often shows text"
-    if _text(dataset, "Modality").strip().upper() in _MODALITIES_WITH_TEXT:
+    if not _MODALITIES_WITH_TEXT.isdisjoint(_words(dataset, "Modality")):
         return "a modality whose images often show text"
-    words = [str(word).strip().upper() for word in _many(dataset.get("ImageType"))]
-    if any(_SCREEN.fullmatch(word) for word in words):
+    if any(_SCREEN.fullmatch(word) for word in _words(dataset, "ImageType")):
         return "ImageType tells of a saved screen"
     return ""
+
+
+def _words(dataset: Dataset, keyword: str) -> list[str]:
+    return [str(word).strip().upper() for word in _many(dataset.get(keyword))]
 
 
 def _mark(dataset: Dataset, *, is_shifted: bool) -> None:

@@ -35,18 +35,26 @@ _NIFTI_FIELDS = (
 )  # fmt: skip
 _NRRD_FIELDS = {
     "type", "dimension", "sizes", "spacings", "space", "space dimension", "space directions",
-    "space origin", "space units", "units", "kinds", "centers", "centerings", "thicknesses",
+    "space origin", "space units", "kinds", "centers", "centerings", "thicknesses",
     "axis mins", "axis maxs", "axismins", "axismaxs", "endian", "encoding", "block size",
-    "blocksize", "min", "max", "old min", "old max", "measurement frame",
+    "blocksize", "min", "max", "old min", "old max",
 }  # fmt: skip
 _META_FIELDS = {
     "ndims", "binarydata", "binarydatabyteordermsb", "elementbyteordermsb",
     "compresseddata", "compresseddatasize", "transformmatrix", "rotation", "orientation",
-    "offset", "position", "origin", "centerofrotation", "anatomicalorientation",
-    "elementspacing", "elementsize", "dimsize", "modality", "elementmin", "elementmax",
+    "offset", "position", "origin", "centerofrotation",
+    "elementspacing", "elementsize", "dimsize", "elementmin", "elementmax",
     "elementnumberofchannels", "elementtype",
 }  # fmt: skip
 _PLAIN = re.compile(r"[-+A-Za-z0-9_.,:;()\" ]{0,400}")
+_WORDS = {
+    "kinds": {"domain", "space", "time", "list", "point", "vector", "none", "???"},
+    "centers": {"cell", "node", "none", "???"},
+    "centerings": {"cell", "node", "none", "???"},
+    "space units": {"mm", "cm", "um", "none"},
+}
+"""The only words of fields that hold words."""
+
 VOXELS = "voxels"
 """What a detached header calls the file of its voxels; readers find it by its size."""
 
@@ -138,14 +146,16 @@ class _Counted:
         while size > 0 and (chunk := self.read(min(CHUNK_BYTES, size))):
             size -= len(chunk)
 
-    def copy_zlib_to(self, target: BinaryIO) -> None:
-        """Copy one zlib stream as it is, and nothing that follows it."""
+    def copy_zlib_to(self, target: BinaryIO, num_bytes: int) -> None:
+        """Copy a zlib stream of so many bytes as it is, and nothing that follows it."""
         unpacker = zlib.decompressobj()
         try:
             while not unpacker.eof and (chunk := self.read(CHUNK_BYTES)):
                 waiting = chunk
                 while waiting and not unpacker.eof:
-                    unpacker.decompress(waiting, CHUNK_BYTES)
+                    num_bytes -= len(unpacker.decompress(waiting, CHUNK_BYTES))
+                    if num_bytes < 0:
+                        raise ScanError("not_a_scan", "more than the voxels in the zlib stream")
                     waiting = unpacker.unconsumed_tail
                 target.write(chunk[: len(chunk) - len(unpacker.unused_data)])
         except zlib.error as error:
@@ -186,13 +196,19 @@ def _clean_nrrd(source: _Counted, target: BinaryIO) -> None:
         name, separator, value = line.partition(": ")
         name = name.strip().lower()
         is_field = bool(separator) and not line.startswith("#") and name in _NRRD_FIELDS
-        if is_field and _PLAIN.fullmatch(value.strip()):
+        if is_field and _PLAIN.fullmatch(value.strip()) and _is_in_words(name, value):
             kept.append(f"{name}: {value.strip()}")
     if found.is_detached:
         kept.append(f"data file: {VOXELS}")
     target.write(("\n".join(kept) + "\n\n").encode("ascii"))
     if not found.is_detached:
         clean_voxels(_Counted(cast(BinaryIO, source), start), target, found)
+
+
+def _is_in_words(name: str, value: str) -> bool:
+    if name not in _WORDS:
+        return True
+    return {word.strip('"').lower() for word in value.split()} <= _WORDS[name]
 
 
 def _clean_metaimage(source: _Counted, target: BinaryIO) -> None:
@@ -220,7 +236,7 @@ def clean_voxels(source: BinaryIO | _Counted, target: BinaryIO, header: StoredHe
     if header.packing == "raw":
         counted.copy_to(target, header.num_bytes)
     elif header.packing == "zlib":
-        counted.copy_zlib_to(target)
+        counted.copy_zlib_to(target, header.num_bytes)
     else:
         with _unpacked(cast(BinaryIO, counted), target) as (plain, clean):
             plain.copy_to(clean, header.num_bytes)
@@ -265,20 +281,19 @@ def _copy_scans(source: _Counted, target: BinaryIO) -> None:
     rest = bytearray()
     while chunk := source.read(CHUNK_BYTES):
         rest += chunk
-    place = 0
+    place = kept = 0
     while (at := rest.find(b"\xff", place)) >= 0 and at + 1 < len(rest):
         code = rest[at + 1]
         if code == 0xD9:
-            target.write(rest[: at + 2])
+            target.write(rest[kept : at + 2])
             return
-        if code == 0xFE or 0xE0 <= code <= 0xEF:  # a comment between scans
-            size = int.from_bytes(rest[at + 2 : at + 4], "big")
-            del rest[at : at + 2 + size]
-            place = at
-        elif code in (0x00, 0xFF) or 0xD0 <= code <= 0xD7:
+        if code in (0x00, 0xFF) or 0xD0 <= code <= 0xD7:
             place = at + (1 if code == 0xFF else 2)
-        else:
-            place = at + 2 + int.from_bytes(rest[at + 2 : at + 4], "big")
+            continue
+        place = at + 2 + int.from_bytes(rest[at + 2 : at + 4], "big")
+        if code == 0xFE or 0xE0 <= code <= 0xEF:  # a comment between scans
+            target.write(rest[kept:at])
+            kept = place
     raise ScanError("truncated_file", "the JPEG is damaged or cut off")
 
 

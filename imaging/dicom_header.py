@@ -282,7 +282,7 @@ def check_transfer_syntax(dataset: Dataset) -> None:
     """Refuse pixels that no decoder here reads (`unsupported_transfer_syntax`)."""
     syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
     if not _is_readable(syntax):
-        name = syntax.name if not syntax.is_private else "a private one"
+        name = syntax.name if syntax.name != str(syntax) else "an unknown one"
         raise ScanError("unsupported_transfer_syntax", f"no decoder for transfer syntax {name}")
 
 

@@ -115,7 +115,7 @@ def _check_size(header: Header, found: int, frame_bytes: int, *, upto: int = 0) 
     if found < declared:
         raise ScanError(
             "truncated_file",
-            f"pixel data of file {header.member} are {found} bytes; the header declares {declared}",
+            f"the pixel data are {found} bytes; the header declares {declared}",
             {"members": [header.member], "sop_uids": [header.sop_uid]},
         )
 

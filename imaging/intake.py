@@ -310,7 +310,11 @@ def read_without_identity(
     """
     cleaned = deidentify_upload(path, out_dir / "original", names, policy)
     if cleaned is None:
-        read_scan(path, kind=kind, series_uid=series_uid)  # says what is wrong with it
+        try:
+            read_scan(path, kind=kind, series_uid=series_uid)  # says what is wrong with it
+        except ScanError as error:
+            error.extra = _mapped(error.extra, names)
+            raise
         raise ScanError("unsupported_format", "a scan of a kind that cannot be de-identified")
     if series_uid is not None:
         series_uid = cleaned.series_named(series_uid, names)
@@ -329,6 +333,15 @@ def read_without_identity(
         "series_uid": series_uid or "",
     }
     return scan, report
+
+
+def _mapped(value: Any, names: Pseudonyms, key: str = "") -> Any:
+    """What a reader of an upload that was not cleaned says, with its UIDs replaced."""
+    if isinstance(value, dict):
+        return {name: _mapped(part, names, name) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(part, names, key) for part in value]
+    return names.uid(value) if key in ("sop_uid", "sop_uids", "series_uid") else value
 
 
 def _problem(error: ScanError) -> dict[str, Any]:

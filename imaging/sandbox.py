@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from imaging.volume import Grid, Shape, Spacing
 
 _ROOT = Path(__file__).resolve().parents[1]
 _UID = re.compile(r"[0-9.]{1,64}")
+
+
+_MAX_REPORT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +108,32 @@ def run_intake(
     command = _command(path.resolve(), out_dir.resolve(), kind, series_uid, limits)
     if identity is not None:
         command.insert(command.index("--"), "--deidentify")
-    process = subprocess.Popen(  # noqa: S603  # our own module; the path is one argument
-        command,
-        cwd=out_dir,
-        env=_environment(out_dir.resolve()),
-        stdin=subprocess.PIPE if identity else subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with tempfile.TemporaryFile(dir=out_dir) as told:  # a file, which a limit bounds; not a pipe
+        process = subprocess.Popen(  # noqa: S603  # our own module; the path is one argument
+            command,
+            cwd=out_dir,
+            env=_environment(out_dir.resolve()),
+            stdin=subprocess.PIPE if identity else subprocess.DEVNULL,
+            stdout=told,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.communicate(_wish(identity), timeout=limits.wall_s)
+        except subprocess.TimeoutExpired:
+            raise ScanError("too_large", f"reading it took more than {limits.wall_s:g} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        told.seek(0)
+        output = told.read(_MAX_REPORT_BYTES + 1)
+    if len(output) > _MAX_REPORT_BYTES:
+        raise ScanError("too_large", f"its report has more than {_MAX_REPORT_BYTES} bytes")
     try:
-        output, _ = process.communicate(_wish(identity), timeout=limits.wall_s)
-    except subprocess.TimeoutExpired:
-        raise ScanError("too_large", f"reading it took more than {limits.wall_s:g} s") from None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    return _report(process.returncode, output, out_dir)
+        return _report(process.returncode, output, out_dir)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ScanError("not_a_scan", "the reader's report cannot be read") from error
 
 
 def _command(

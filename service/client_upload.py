@@ -55,8 +55,17 @@ def send_in_pieces(
         upload = _shown(_patiently(patience_s, lambda: send("POST", "uploads", json=body)))
         tell = on_progress or (lambda _: None)
         tell(upload.offset_bytes)
+        moved, pause_s = time.monotonic(), _PAUSE_S
         while upload.offset_bytes < upload.size_bytes:
-            upload = _next_piece(send, file, upload, patience_s)
+            before = upload.offset_bytes
+            upload, refusal = _next_piece(send, file, upload, patience_s)
+            if upload.offset_bytes > before:
+                moved, pause_s = time.monotonic(), _PAUSE_S
+            elif refusal is not None:
+                if time.monotonic() + pause_s - moved > patience_s:
+                    raise refusal
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _MAX_PAUSE_S)
             tell(upload.offset_bytes)
     completed = _patiently(
         patience_s,
@@ -67,7 +76,7 @@ def send_in_pieces(
 
 def _next_piece(
     send: Send, file: BinaryIO, upload: schemas.Upload, patience_s: float
-) -> schemas.Upload:
+) -> tuple[schemas.Upload, ApiError | None]:
     """Send the piece at the upload's offset; if that fails, ask where it has got to instead."""
     offset = upload.offset_bytes
     file.seek(offset)
@@ -82,14 +91,13 @@ def _next_piece(
         "Content-Digest": f"sha-256=:{digest}:",
     }
     try:
-        return _shown(send("PUT", address, content=piece, headers=headers))
+        return _shown(send("PUT", address, content=piece, headers=headers)), None
     except ApiError as error:
+        refusal = error
         is_about_bytes = error.code in ("upload_offset_mismatch", "digest_mismatch", "upload_busy")
         if not (error.is_transient or is_about_bytes):
             raise
-        if error.code == "upload_busy":
-            time.sleep(_PAUSE_S)
-    return _shown(_patiently(patience_s, lambda: send("GET", address)))
+    return _shown(_patiently(patience_s, lambda: send("GET", address))), refusal
 
 
 def _patiently(patience_s: float, ask: Callable[[], httpx.Response]) -> httpx.Response:

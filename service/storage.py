@@ -13,10 +13,12 @@ never lacks its file; a file may lack its row and is swept later (reliability.md
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -235,8 +237,13 @@ class Store:
         """
         target = self.path_of(sha256)
         target.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(path, target)
+        except FileExistsError:
+            if bundle.sha256_of(target) != sha256:  # the right bytes heal what the disk spoiled
+                beside = self.tmp / uuid.uuid4().hex
+                os.link(path, beside)
+                beside.rename(target)
         os.utime(target)  # counts as fresh for the sweep
         fsync(target.parent)
         fsync(self.blobs)
@@ -247,7 +254,7 @@ class Store:
         Returns:
             SHA-256 (hexadecimal) and size in bytes.
         """
-        with Receiver(self.tmp / uuid.uuid4().hex, None) as writer, path.open("rb") as source:
+        with Receiver(self.tmp / uuid.uuid4().hex, None) as writer, _regular(path) as source:
             while chunk := source.read(1 << 20):
                 writer.write(chunk)
             return self.commit_blob(writer)
@@ -353,7 +360,7 @@ class Store:
         return [path.name for path in old if path.name not in referenced]
 
     def _publish(self, draft: Path, target: Path) -> None:
-        if not target.exists():
+        if not target.exists() or bundle.sha256_of(target) != target.name:
             target.parent.mkdir(exist_ok=True)
             draft.rename(target)
             fsync(target.parent)
@@ -361,6 +368,15 @@ class Store:
         else:
             os.utime(target)  # counts as fresh for the sweep
             draft.unlink(missing_ok=True)
+
+
+def _regular(path: Path) -> BinaryIO:
+    """A file that a child process wrote: no link to another one, and no pipe to wait for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def fsync(path: Path) -> None:

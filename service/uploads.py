@@ -148,6 +148,7 @@ def complete(
         if upload.volume_id is not None:
             volume = volumes.get(session, upload.volume_id)
             session.commit()
+            draft.remove()  # left by a process that was killed here
             return volume, False
         there = _on_disk(upload, draft)
         session.commit()

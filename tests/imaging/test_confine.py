@@ -25,6 +25,14 @@ ACTS = {
     "another program": "import subprocess; subprocess.run(['/bin/true'], check=True)",
     "a process": "import os; os.fork() or os._exit(0); os.wait()",
     "a signal": "import os; os.kill(os.getppid(), 0)",
+    "a parent's limits": "import os, resource as r; "
+    "r.prlimit(os.getppid(), r.RLIMIT_NOFILE, r.prlimit(os.getppid(), r.RLIMIT_NOFILE))",
+    "a parent's priority": "import os; p = os.getppid(); "
+    "os.setpriority(os.PRIO_PROCESS, p, os.getpriority(os.PRIO_PROCESS, p))",
+    "a signal by a pipe": "import fcntl, os; fcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())",
+    "a link": "import os; os.symlink(argument, out + '/link' + str(os.getpid()))",
+    "a mode": "import os; os.chmod(argument, 0o600)",
+    "a pipe": "import os; os.mkfifo(out + '/pipe' + str(os.getpid()))",
     "a secret": "open(argument).read()",
     "a file elsewhere": "open(argument, 'a')",
     "memory": "bytearray(1 << 30)",

@@ -35,7 +35,7 @@ def change(file, **values) -> None:
 
 
 def turned(angle: float) -> list[float]:
-    return [math.cos(angle), math.sin(angle), 0.0, -math.sin(angle), math.cos(angle), 0.0]
+    return [-math.cos(angle), -math.sin(angle), 0.0, math.sin(angle), -math.cos(angle), 0.0]
 
 
 def referred(path) -> list[str]:

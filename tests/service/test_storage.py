@@ -169,3 +169,36 @@ def test_durability_calls_come_in_order(store, monkeypatch):
         ("fsync", "blobs"),
         ("fsync", "store"),
     ]
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "file"])
+def test_what_a_hijacked_reader_leaves_is_copied_only_if_it_is_a_file(store, tmp_path, what):
+    secret, left = tmp_path / "secret", tmp_path / "volume.nii"
+    secret.write_bytes(b"key")
+    if what == "link":
+        left.symlink_to(secret)
+    elif what == "pipe":
+        os.mkfifo(left)
+    else:
+        left.write_bytes(b"voxels")
+
+    if what == "file":
+        assert store.verify(store.put_file(left)[0]).read_bytes() == b"voxels"
+        return
+    with pytest.raises(OSError, match=r"symbolic links|not a regular file"):
+        store.put_file(left)
+    assert not list(store.tmp.iterdir())
+    assert not list(store.blobs.glob("*/*"))
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_sending_the_right_bytes_again_heals_a_spoiled_file(store, tmp_path, is_linked):
+    digest = put(store, b"the right bytes")
+    store.path_of(digest).chmod(0o600)
+    store.path_of(digest).write_bytes(b"spoiled")
+    again = tmp_path / "again"
+    again.write_bytes(b"the right bytes")
+
+    store.link_file(again, digest) if is_linked else store.put_file(again)
+
+    assert store.verify(digest).read_bytes() == b"the right bytes"
