@@ -23,7 +23,7 @@ from service.errors import ServiceError
 
 STORED = np.dtype("<f4")
 BLOCK_BYTES = 4 << 20
-"""Of the vectors that are in memory at a time, as stored; twice that again while compared."""
+"""Of the vectors that are in memory at a time, as stored; compared, they are twice as large."""
 DECIMALS = 12
 """Of a cosine: float64 sums differ beyond them by the order of adding, and ties must be ties."""
 
@@ -144,7 +144,7 @@ def search(
 
     Args:
         session: Database session.
-        query: (E,), finite and not all zero.
+        query: (E,), finite; all zero, it is like nothing.
         bundle_digest: Of the encoder.
         limit: The most that are given.
         filters: Which volumes are looked at.
@@ -157,12 +157,13 @@ def search(
     session.commit()
     if dims is not None and dims != query.size:
         raise _wrong_size(query.size, dims)
-    unit = _unit(query[None, :])[0]
+    scaled = query / (np.abs(query).max() or 1.0)  # a caller's numbers could overflow when squared
+    unit = scaled / (np.linalg.norm(scaled) or 1.0)
     best_ids: list[str] = []
     best: Vector = np.empty(0)
     num_compared = 0
     for ids, vectors in _blocks(session, bundle_digest, query.size, filters):
-        cosines = np.clip(np.round(_unit(vectors) @ unit, DECIMALS), -1.0, 1.0)  # (N,)
+        cosines = _cosines(vectors, unit)
         kept = _top(cosines, limit)
         best = np.concatenate([best, cosines[kept]])
         best_ids += [ids[index] for index in kept]
@@ -180,12 +181,14 @@ def _top(cosines: Vector, limit: int) -> npt.NDArray[np.intp]:
     return np.flatnonzero(cosines >= cosines[last])
 
 
-def _unit(vectors: Vector) -> Vector:
-    """Rows of unit length, (N, E); a row of zeros, which is like nothing, stays as it is."""
-    largest = np.abs(vectors).max(axis=1, keepdims=True)
-    scaled = vectors / np.where(largest > 0.0, largest, 1.0)  # squares neither over- nor underflow
-    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
-    return np.asarray(scaled / np.where(lengths > 0.0, lengths, 1.0))
+def _cosines(vectors: Vector, unit: Vector) -> Vector:
+    """Of each row of (N, E) and a vector (E,) of length 1: (N,); 0 for a row of zeros.
+
+    Squares of float32 numbers neither over- nor underflow in float64.
+    """
+    lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
+    cosines = (vectors @ unit) / np.where(lengths > 0.0, lengths, 1.0)
+    return np.clip(np.round(cosines, DECIMALS), -1.0, 1.0)
 
 
 def _blocks(

@@ -142,6 +142,17 @@ def test_ties_are_in_the_order_of_the_ids(session, monkeypatch, block_bytes):
     assert numbers_of(find(session, vectors[0], limit=6)) == [0, 1, 2, 3, 5, 6]
 
 
+def test_lengths_do_not_matter_and_a_zero_vector_is_like_nothing(session):
+    fill(session, [[1e-30, 2e-30], [1e30, 2e30], [0.0, 0.0], [-1.0, -2.0]])
+
+    found = find(session, [1e-300, 2e-300])
+
+    assert numbers_of(found) == [0, 1, 2, 3]
+    cosines = [one.cosine for one in found.items]
+    np.testing.assert_allclose(cosines, [1.0, 1.0, 0.0, -1.0], atol=1e-9)
+    assert [one.cosine for one in find(session, [0.0, 0.0]).items] == [0.0] * 4
+
+
 def test_vectors_of_another_bundle_are_never_compared(session):
     vectors = random_vectors(10, 8)
     fill(session, vectors)
