@@ -35,6 +35,7 @@ def add_commands(app: typer.Typer) -> None:
     for command in (upload, dataset, pretrain, finetune, runs, cancel, models, alias, segment):
         app.command()(command)
     app.command()(embed)
+    app.command()(similar)
 
 
 def upload(
@@ -200,6 +201,32 @@ def embed(
         if made.result is None:
             _fail(made.error.code if made.error else made.state)
         console.print(json.dumps(list(made.result.vector)), soft_wrap=True, highlight=False)
+
+
+def similar(
+    volume_id: Annotated[str, typer.Argument(help="The volume, embedded with the model.")],
+    model: Annotated[str, typer.Option(help="models:/name@alias, name/version or name.")],
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 10,
+    modality: Annotated[str | None, typer.Option(help="Only of this one, such as CT.")] = None,
+    same_subject: Annotated[bool, typer.Option(help="Also its own subject's volumes.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """List the volumes that are most like a volume, by the cosine of their embeddings.
+
+    Prints rank, volume, cosine, modality and subject, with tabs between.
+    """
+    with _client(url, token) as client:
+        found = client.similar(
+            volume_id,
+            model,
+            limit=limit,
+            modality=modality,
+            exclude_same_subject=not same_subject,
+        )
+        for one in found.items:
+            facts = (one.rank, one.volume_id, f"{one.cosine:.6f}", one.modality, one.subject)
+            typer.echo("\t".join(str(fact) for fact in facts))
 
 
 @contextmanager

@@ -374,6 +374,29 @@ class Client:
         """An embedding by id."""
         return self._get(f"embeddings/{embedding_id}", schemas.Embedding)
 
+    def similar(
+        self,
+        volume_id: str,
+        model: str,
+        *,
+        limit: int = 10,
+        modality: str | None = None,
+        exclude_same_subject: bool = True,
+    ) -> schemas.SimilarCases:
+        """The volumes whose embeddings by a model are most like that of a volume.
+
+        Args:
+            volume_id: An image volume that this model has embedded.
+            model: The encoder.
+            limit: The most that are given, 1 to 100.
+            modality: Only of this one, such as `CT`.
+            exclude_same_subject: Leave out the volume's own subject, and so the volume.
+        """
+        filters = {"modality": modality, "exclude_same_subject": exclude_same_subject}
+        body = {"volume_id": volume_id, "model": model, "limit": limit, "filters": filters}
+        answer = self._again("POST", "/embeddings:search", json=body)  # else a scheme
+        return schemas.SimilarCases.model_validate_json(answer.content)
+
     # How it is said
 
     def _get(self, path: str, shape: type[Shown], params: Mapping[str, str] | None = None) -> Shown:

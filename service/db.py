@@ -329,6 +329,26 @@ class Artifact(Base):
     fence: Mapped[int] = mapped_column(BigInteger)
 
 
+class Embedding(Base):
+    """A volume's vector by one bundle, of its newest run, for `service.embeddings.search`.
+
+    `vector` holds little-endian float32; the key is in the order in which a search reads.
+    """
+
+    __tablename__ = "embedding"
+    bundle_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    volume_id: Mapped[str] = mapped_column(
+        ForeignKey("volume.id", ondelete="CASCADE"), primary_key=True, index=True
+    )
+    model_name: Mapped[str] = mapped_column(String(100))
+    model_version: Mapped[int]
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"), index=True)
+    dims: Mapped[int]
+    vector: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    __table_args__ = (CheckConstraint("dims > 0 AND length(vector) = 4 * dims", name="dims"),)
+
+
 class Model(Base):
     """A registered model: a name with versions."""
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, true, update
 from sqlalchemy.orm import Session
 
-from service import registry
+from service import embeddings, registry
 from service.db import (
     CLAIMABLE,
     HELD,
@@ -44,6 +44,7 @@ from service.db import (
     new_id,
     page,
 )
+from service.embeddings import NewEmbedding
 from service.errors import ServiceError
 
 Outcome = Literal[
@@ -413,6 +414,7 @@ def finish(
     exit_code: int | None = None,
     artifacts: Sequence[NewArtifact] = (),
     register: NewVersion | None = None,
+    embedding: NewEmbedding | None = None,
 ) -> None:
     """End a run for good: its state, result, files and model version in one transaction.
 
@@ -427,6 +429,7 @@ def finish(
         artifacts: Files in the store that now belong to the run.
         register: The bundle that becomes a model version; its `{name, version}` is added to
             the result as `model`.
+        embedding: The vector of the run's volume, to be found by a search.
 
     Raises:
         Fenced: The run is no longer ours; nothing was written.
@@ -441,6 +444,9 @@ def finish(
             _write(session, lease, **_end(state))
         for new in artifacts:
             _attach(session, lease, new)
+        if embedding is not None:
+            assert lease.volume_id is not None  # an embedding is of a volume
+            embeddings.record(session, lease.run_id, lease.volume_id, embedding)
         if register is not None:
             version = registry.register(
                 session,

@@ -27,6 +27,7 @@ from models.session import OnnxSession, SessionCache, open_session
 from service import results, runs, volumes
 from service.db import RunKind, RunState
 from service.db import Volume as VolumeRow
+from service.embeddings import NewEmbedding
 from service.lease import Keeper
 from service.results import INTENDED_USE
 from service.runs import Lease, NewArtifact
@@ -140,8 +141,17 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None
             "total": time.monotonic() - began,
         },
     }
+    asked = lease.spec["model"]
+    stored = NewEmbedding(
+        model_name=str(asked["name"]),
+        model_version=int(asked["version"]),
+        bundle_digest=model.digest,
+        vector=found.vector,
+    )
     with worker.sessions() as session:
-        runs.finish(session, lease, RunState.SUCCEEDED, result=result, outcome="done")
+        runs.finish(
+            session, lease, RunState.SUCCEEDED, result=result, outcome="done", embedding=stored
+        )
 
 
 def device_of(settings: Settings) -> str:

@@ -1,15 +1,18 @@
-"""Embeddings: ask for one, look, stop."""
+"""Embeddings: ask for one, look, stop; search for similar cases."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 from fastapi import Query
 from fastapi.responses import JSONResponse
+from sqlalchemy.orm import Session
 
-from service import db, runs, schemas
+from service import db, embeddings, registry, runs, schemas, volumes
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import answers, deps, docs, inference, views
+from service.routers.runs import require_kind
 
 KIND = db.RunKind.EMBED
 
@@ -96,3 +99,73 @@ def cancel_embedding(
 ) -> schemas.Embedding:
     """Ask an embedding to end; asked again, the same answer."""
     return views.embedding(inference.cancel(session, embedding_id, KIND))
+
+
+@router.post(
+    "/embeddings:search",
+    operation_id="search_embeddings",
+    summary="Find similar cases",
+    responses=docs.problems(
+        "invalid_request",
+        "not_found",
+        "not_embedded",
+        "not_ready",
+        "request_too_large",
+        "wrong_model_kind",
+        "wrong_volume_kind",
+    ),
+)
+def search_embeddings(
+    ask: schemas.EmbeddingSearch, _caller: deps.Viewer, session: deps.DbSession
+) -> schemas.SimilarCases:
+    """The scans whose embeddings by one model have the largest cosine to a given one."""
+    model, query, subject = _question(session, ask)
+    is_same_left_out = ask.filters.exclude_same_subject
+    found = embeddings.search(
+        session,
+        query,
+        model.digest,
+        limit=ask.limit,
+        filters=embeddings.Filters(
+            modality=ask.filters.modality,
+            kind=ask.filters.kind,
+            not_subject=subject if is_same_left_out else None,
+        ),
+    )
+    items = tuple(
+        schemas.SimilarCase(
+            rank=rank,
+            volume_id=one.volume_id,
+            embedding_id=one.run_id,
+            subject=one.subject,
+            modality=one.modality,
+            cosine=one.cosine,
+        )
+        for rank, one in enumerate(found.items, start=1)
+    )
+    return schemas.SimilarCases(model=model, num_compared=found.num_compared, items=items)
+
+
+def _question(
+    session: Session, ask: schemas.EmbeddingSearch
+) -> tuple[schemas.ModelPointer, embeddings.Vector, str | None]:
+    """Whose vectors are compared, with which (E,), and of which subject that one is."""
+    if ask.embedding_id is not None:
+        run = runs.get(session, ask.embedding_id, kinds=[KIND])
+        query = embeddings.of_run(run)
+        pointer = schemas.ModelPointer.model_validate(run.spec["model"])
+        return pointer, query, volumes.get(session, str(run.volume_id)).subject
+    assert ask.model is not None  # the request's own check
+    volume = None
+    if ask.volume_id is not None:
+        volume = volumes.get(session, ask.volume_id, kind="image")
+    version = registry.resolve(session, ask.model)
+    require_kind(version, "encoder")
+    pointer = schemas.ModelPointer(
+        name=version.model_name, version=version.version, digest=version.digest
+    )
+    if volume is None:
+        return pointer, np.array(ask.vector, dtype=np.float64), None
+    reference = f"{version.model_name}/{version.version}"
+    query = embeddings.of_volume(session, volume.id, version.digest, reference)
+    return pointer, query, volume.subject

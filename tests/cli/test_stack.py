@@ -116,6 +116,7 @@ def test_the_command_line_goes_from_scans_to_a_certified_mask(
         run_cli("segment", unseen, "--model", "models:/liver@champion", "--mask", str(mask))
     )
     vector = json.loads(run_cli("embed", unseen, "--model", "enc"))
+    alike = run_cli("similar", unseen, "--model", "enc", "--same-subject")
 
     volume, grid = nifti.read(mask)
     assert set(found["volumes_ml"]) == {"liver", "tumour"}
@@ -123,6 +124,9 @@ def test_the_command_line_goes_from_scans_to_a_certified_mask(
     assert set(np.unique(volume.voxels)) <= {0, 1, 2}
     assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-4)
     assert len(vector) == 32
+    rank, similar, cosine, *_ = alike.splitlines()[0].split("\t")
+    assert (rank, similar) == ("1", unseen)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-6)
     assert "enc" in run_cli("models")
     assert "succeeded" in run_cli("runs")
 

@@ -6,6 +6,9 @@ Every response that passes through `Api` must have a status that its operation d
 import io
 import json
 import re
+import socket
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import func, select
 from starlette.testclient import TestClient
@@ -131,6 +135,24 @@ def _serve(folder: Path, **options: Any) -> Iterator[Api]:
             tokens = {name: auth.create_token(session, name, Role(name))[1] for name in ROLES}
             session.commit()
         yield Api(app, http, settings, tokens)
+
+
+@pytest.fixture(scope="module")
+def url(api: Api) -> Iterator[str]:
+    """The address of a server over the same data folder as `api`."""
+    from service.app import create_app
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(api.settings), access_log=False, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    listener.close()
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("POST", "/embeddings"): ("annotator", {"json": ASK}),
     ("GET", "/embeddings/{embedding_id}"): ("viewer", {}),
     ("POST", "/embeddings/{embedding_id}:cancel"): ("annotator", {}),
+    ("POST", "/embeddings:search"): ("viewer", {"json": ASK}),
 }
 ROLES = ("viewer", "annotator", "researcher", "admin")
 IDS = {

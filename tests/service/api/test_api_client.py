@@ -1,35 +1,15 @@
 """The client, over a socket, against a real server."""
 
-import socket
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 
 from service.client import ApiError, Client
 
 NET = {"network": {"base_width": 8}}
-
-
-@pytest.fixture(scope="module")
-def url(api) -> Iterator[str]:
-    """The address of a server over the same data folder as `api`."""
-    from service.app import create_app
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(api.settings), access_log=False, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    listener.close()
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_every_refusal_is_declared_as_a_problem_with_examples(document, operatio
 
 def test_every_route_with_a_role_above_viewer_declares_403(operations):
     for name, _, operation in operations:
-        changes = not name.startswith("GET")
+        changes = not name.startswith("GET") and not name.endswith(":search")
         assert ("403" in operation["responses"]) is changes, name
 
 

@@ -1,0 +1,255 @@
+"""Stored embeddings, and the scans whose embeddings are most like a given one.
+
+One vector for each volume and bundle (the newest run's). Vectors of different bundles lie in
+different spaces: a search reads those of one bundle digest and no others. It is exact: every
+vector is compared, block by block, so memory does not grow with their number.
+
+Shapes: (N, E) N vectors of E numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Select, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from service.db import Embedding, Run, Volume, db_now
+from service.errors import ServiceError
+
+STORED = np.dtype("<f4")
+BLOCK_BYTES = 4 << 20
+"""Of the vectors that are in memory at a time, as stored; compared, they are twice as large."""
+DECIMALS = 12
+"""Of a cosine: float64 sums differ beyond them by the order of adding, and ties must be ties."""
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewEmbedding:
+    """The vector of a run, recorded when the run succeeds."""
+
+    model_name: str
+    model_version: int
+    bundle_digest: str
+    vector: npt.NDArray[np.float32]
+    """(E,)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which volumes are looked at; None: no condition."""
+
+    modality: str | None = None
+    kind: str | None = None
+    not_subject: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Similar:
+    """A volume that was found."""
+
+    volume_id: str
+    run_id: str
+    subject: str
+    modality: str
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The most alike first, ties by volume id; and how many were compared."""
+
+    items: tuple[Similar, ...]
+    num_compared: int
+
+
+def record(session: Session, run_id: str, volume_id: str, new: NewEmbedding) -> None:
+    """Store a run's vector instead of an older one of its volume and bundle; the caller commits.
+
+    Raises:
+        ValueError: It is not one vector of finite numbers.
+    """
+    vector = np.ascontiguousarray(new.vector, dtype=STORED)
+    if vector.ndim != 1 or vector.size == 0 or not np.isfinite(vector).all():
+        raise ValueError(f"an embedding is one vector of finite numbers, not {vector.shape}")
+    values = {
+        "model_name": new.model_name,
+        "model_version": new.model_version,
+        "run_id": run_id,
+        "dims": vector.size,
+        "vector": vector.tobytes(),
+        "created_at": db_now(),
+    }
+    is_postgresql = session.get_bind().dialect.name == "postgresql"
+    insert = postgresql.insert if is_postgresql else sqlite.insert
+    statement = insert(Embedding).values(
+        bundle_digest=new.bundle_digest, volume_id=volume_id, **values
+    )
+    session.execute(
+        statement.on_conflict_do_update(index_elements=["bundle_digest", "volume_id"], set_=values)
+    )
+
+
+def of_volume(session: Session, volume_id: str, bundle_digest: str, model: str) -> Vector:
+    """The stored vector of a volume, (E,).
+
+    Raises:
+        ServiceError: 409 `not_embedded`.
+    """
+    data = session.execute(
+        select(Embedding.vector).where(
+            Embedding.bundle_digest == bundle_digest, Embedding.volume_id == volume_id
+        )
+    ).scalar_one_or_none()
+    if data is None:
+        raise ServiceError(
+            409,
+            "not_embedded",
+            f"volume {volume_id} has no embedding of {model}; embed it first: "
+            "POST /api/v1/embeddings with this volume_id and model, then search again",
+            extra={"volume_id": volume_id, "model": model},
+        )
+    return np.frombuffer(data, STORED).astype(np.float64)
+
+
+def of_run(run: Run) -> Vector:
+    """The vector that an embedding run gave, (E,).
+
+    Raises:
+        ServiceError: 409 `not_ready`.
+    """
+    if run.state != "succeeded" or run.result is None:
+        raise ServiceError(
+            409,
+            "not_ready",
+            f"there is a vector once the state is succeeded; it is {run.state}",
+            extra={"state": run.state},
+        )
+    return np.asarray(run.result["vector"], STORED).astype(np.float64)
+
+
+def search(
+    session: Session, query: Vector, bundle_digest: str, *, limit: int, filters: Filters
+) -> Found:
+    """The stored vectors of a bundle with the largest cosine to a query.
+
+    A transaction is held for one block at a time: on SQLite it keeps writers out (`db.connect`).
+    A vector that is written or removed meanwhile may be seen or not. Commits.
+
+    Args:
+        session: Database session.
+        query: (E,), finite; all zero, it is like nothing.
+        bundle_digest: Of the encoder.
+        limit: The most that are given.
+        filters: Which volumes are looked at.
+
+    Raises:
+        ServiceError: 422 `invalid_request` if the bundle's vectors are not of E numbers.
+    """
+    stored = select(Embedding.dims).where(Embedding.bundle_digest == bundle_digest).limit(1)
+    dims = session.scalar(stored)
+    session.commit()
+    if dims is not None and dims != query.size:
+        raise _wrong_size(query.size, dims)
+    scaled = query / (np.abs(query).max() or 1.0)  # a caller's numbers could overflow when squared
+    unit = scaled / (np.linalg.norm(scaled) or 1.0)
+    best_ids: list[str] = []
+    best: Vector = np.empty(0)
+    num_compared = 0
+    for ids, vectors in _blocks(session, bundle_digest, query.size, filters):
+        cosines = _cosines(vectors, unit)
+        kept = _top(cosines, limit)
+        best = np.concatenate([best, cosines[kept]])
+        best_ids += [ids[index] for index in kept]
+        order = np.argsort(-best, kind="stable")[:limit]  # a tie keeps the order of the ids
+        best, best_ids = best[order], [best_ids[index] for index in order]
+        num_compared += len(ids)
+    return Found(_described(session, bundle_digest, best_ids, best), num_compared)
+
+
+def _top(cosines: Vector, limit: int) -> npt.NDArray[np.intp]:
+    """Where the `limit` largest are, in order of place, with all that tie with the last: (K,)."""
+    if cosines.size <= limit:
+        return np.arange(cosines.size)
+    last = np.argpartition(cosines, -limit)[-limit]
+    return np.flatnonzero(cosines >= cosines[last])
+
+
+def _cosines(vectors: Vector, unit: Vector) -> Vector:
+    """Of each row of (N, E) and a vector (E,) of length 1: (N,); 0 for a row of zeros.
+
+    Squares of float32 numbers neither over- nor underflow in float64.
+    """
+    lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
+    cosines = (vectors @ unit) / np.where(lengths > 0.0, lengths, 1.0)
+    return np.clip(np.round(cosines, DECIMALS), -1.0, 1.0)
+
+
+def _blocks(
+    session: Session, bundle_digest: str, dims: int, filters: Filters
+) -> Iterator[tuple[list[str], Vector]]:
+    """Volume ids and their vectors (N, E) in order of the ids, each block in its transaction."""
+    size = max(1, BLOCK_BYTES // (dims * STORED.itemsize))
+    wanted = (
+        select(Embedding.volume_id, Embedding.vector)
+        .join(Volume, Volume.id == Embedding.volume_id)
+        .where(Embedding.bundle_digest == bundle_digest, Embedding.dims == dims)
+        .order_by(Embedding.volume_id)
+        .limit(size)
+    )
+    wanted = _filtered(wanted, filters)
+    after = ""
+    while True:
+        rows = session.execute(wanted.where(Embedding.volume_id > after)).all()
+        session.commit()
+        if not rows:
+            return
+        data = b"".join(row.vector for row in rows)
+        yield (
+            [row.volume_id for row in rows],
+            np.frombuffer(data, STORED).reshape(len(rows), dims).astype(np.float64),
+        )
+        after = rows[-1].volume_id
+
+
+def _filtered(wanted: Select[str, bytes], filters: Filters) -> Select[str, bytes]:
+    if filters.modality is not None:
+        wanted = wanted.where(Volume.modality == filters.modality)
+    if filters.kind is not None:
+        wanted = wanted.where(Volume.kind == filters.kind)
+    if filters.not_subject is not None:
+        wanted = wanted.where(Volume.subject != filters.not_subject)
+    return wanted
+
+
+def _described(
+    session: Session, bundle_digest: str, ids: Sequence[str], cosines: Vector
+) -> tuple[Similar, ...]:
+    rows = session.execute(
+        select(Embedding.volume_id, Embedding.run_id, Volume.subject, Volume.modality)
+        .join(Volume, Volume.id == Embedding.volume_id)
+        .where(Embedding.bundle_digest == bundle_digest, Embedding.volume_id.in_(ids))
+    ).all()
+    session.commit()
+    facts = {row.volume_id: row for row in rows}
+    return tuple(
+        Similar(one, facts[one].run_id, facts[one].subject, facts[one].modality, float(cosine))
+        for one, cosine in zip(ids, cosines, strict=True)
+        if one in facts  # not deleted meanwhile
+    )
+
+
+def _wrong_size(found: int, expected: int) -> ServiceError:
+    message = f"{found} numbers, but this model's embeddings have {expected}"
+    return ServiceError(
+        422,
+        "invalid_request",
+        f"the vector has {message}",
+        extra={"errors": [{"pointer": "/body/vector", "message": message}]},
+    )
