@@ -16,7 +16,8 @@ def test_a_piece_that_is_refused_again_and_again_ends_the_upload(tmp_path, monke
     path.write_bytes(bytes(100))
     shown = {
         "id": "upl_" + "0" * 32, "state": "open", "kind": "image", "size_bytes": 100,
-        "offset_bytes": 0, "chunk_bytes": 50, "sha256": "0" * 64, "volume_id": None, "subject": None, "series_uid": None,
+        "offset_bytes": 0, "chunk_bytes": 50, "sha256": "0" * 64, "volume_id": None,
+        "subject": None, "series_uid": None,
         "created_at": "2026-11-25T00:00:00Z", "expires_at": "2026-11-26T00:00:00Z",
     }  # fmt: skip
 
