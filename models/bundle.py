@@ -15,11 +15,19 @@ import shutil
 import tempfile
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from models.recipe import Part, Preprocessing, Preprocessing2d, Recipe, Size, Size2d
+from models.recipe import (
+    Part,
+    Postprocess,
+    Preprocessing,
+    Preprocessing2d,
+    Recipe,
+    Size,
+    Size2d,
+)
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -99,6 +107,8 @@ class Manifest(Part):
     preprocessing: Preprocessing | Preprocessing2d
     patch_size: Size | Size2d
     overlap: float = Field(0.5, ge=0.0, lt=1.0)
+    postprocess: Postprocess = Postprocess()
+    """What a segmenter's mask goes through before it leaves."""
     recipe: Recipe
     lineage: Lineage
     metrics: dict[str, Metric] = Field(default_factory=dict)
@@ -109,6 +119,11 @@ class Manifest(Part):
     intended_use: Literal["research use only; not a medical device"] = (
         "research use only; not a medical device"
     )
+
+    @model_validator(mode="after")
+    def _known_labels(self) -> Self:
+        self.postprocess.require(self.labels)
+        return self
 
 
 def sha256_of(path: Path) -> str:
@@ -191,6 +206,8 @@ def onnx_metadata(manifest: Manifest) -> dict[str, str]:
         "intensity": spec.intensity.model_dump_json(),
         "patch_size": ",".join(str(size) for size in manifest.patch_size),
     }
+    if manifest.postprocess != Postprocess():
+        facts["postprocess"] = manifest.postprocess.model_dump_json()
     if isinstance(spec, Preprocessing2d):
         normalisation = "" if spec.normalisation is None else spec.normalisation.model_dump_json()
         return {**facts, "size": str(spec.size), "normalisation": normalisation}

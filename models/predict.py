@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from models.blend import (
     window,
 )
 from models.bundle import BundleError, volume_input
+from models.postprocess import Cleaned, Lesions, clean, lesions
 from models.preprocess import prepare
 from models.session import OnnxSession
 from models.tiling import pad, window_starts
@@ -50,7 +51,12 @@ class Segmentation:
     volumes_ml: dict[str, float]
     num_windows: int
     timings_s: dict[str, float]
-    """Stages `preprocess`, `infer`, `resample`, and `total`."""
+    """Stages `preprocess`, `infer`, `resample`, `postprocess` if asked for, and `total`."""
+    lesions: dict[str, Lesions] = field(default_factory=dict)
+    """Of each label that the manifest's `postprocess` wants counted."""
+    removed_voxels: dict[str, int] = field(default_factory=dict)
+    filled_voxels: dict[str, int] = field(default_factory=dict)
+    """What the clean-up took from and gave to each label; empty where there was none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +81,8 @@ def segment(
     """Label every voxel of a volume.
 
     Equals MONAI's Gaussian sliding window on the prepared volume, linear resampling of the blended
-    logits to the volume's grid, argmax. Windows that hold nothing but air are all the same to the
-    network, so one run serves them all.
+    logits to the volume's grid, argmax, and then what the manifest's `postprocess` asks for.
+    Windows that hold nothing but air are all the same to the network, so one run serves them all.
 
     Args:
         session: An open segmenter.
@@ -107,10 +113,30 @@ def segment(
         with clock.stage("resample"):
             resampler.add(slab)
 
+    asked = session.manifest.postprocess
+    cleaned = Cleaned(labels, {}, {})
+    if asked.changes_masks:
+        with clock.stage("postprocess"):
+            cleaned = clean(labels, names, asked)
+    labels = cleaned.labels
+    counted: dict[str, Lesions] = {}
+    for name in asked.lesions:
+        with clock.stage("postprocess"):
+            value = names.index(name) + 1
+            counted[name] = lesions(labels, value, volume.affine, asked.connectivity)
     voxels = {name: int(np.count_nonzero(labels == c)) for c, name in enumerate(names, start=1)}
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     volumes_ml = {name: count * voxel_ml for name, count in voxels.items()}
-    return Segmentation(labels, voxels, volumes_ml, counter.total, clock.timings_s())
+    return Segmentation(
+        labels,
+        voxels,
+        volumes_ml,
+        counter.total,
+        clock.timings_s(),
+        lesions=counted,
+        removed_voxels=cleaned.removed_voxels,
+        filled_voxels=cleaned.filled_voxels,
+    )
 
 
 def embed(

@@ -127,6 +127,9 @@ def drive(
         client.download_mask(made.id, out / "mask.nii.gz")
         client.download_preview(made.id, out / "overlay.png")
         console.print(f"volumes in ml: {made.result.volumes_ml}")
+        for name, lesions in made.result.lesions.items():
+            sizes = ", ".join(f"{one.volume_ml:.1f} ml" for one in lesions.largest[:3])
+            console.print(f"{name}: {lesions.num} ({sizes or 'none'})")
     with _timed("embed", seconds), run_progress("embed") as show:
         embedded = client.embed(unseen, "demo-encoder", on_event=show)
         if embedded.result is None:
@@ -193,6 +196,7 @@ def _phantom_plan() -> Plan:
             },
             "patch_size": [32, 32, 32],
             "class_weights": {"tumour": 15},
+            "postprocess": _postprocess(PHANTOM_LABELS),
             "transfer": "encoder_decoder",
             "num_steps": 300,
             "batch_size": 4,
@@ -203,6 +207,18 @@ def _phantom_plan() -> Plan:
             "log_every": 5,
         },
     )
+
+
+def _postprocess(labels: dict[str, int]) -> dict[str, Any]:
+    """One liver, with the tumours in it; each tumour counted."""
+    asked: dict[str, Any] = {}
+    if "liver" in labels:
+        asked["keep_largest"] = ["liver"]
+    if "tumour" in labels:
+        asked["lesions"] = ["tumour"]
+    if {"liver", "tumour"} <= labels.keys():
+        asked["parts"] = {"liver": ["tumour"]}
+    return asked
 
 
 def _real_plan(labels: dict[str, int]) -> Plan:
@@ -217,6 +233,7 @@ def _real_plan(labels: dict[str, int]) -> Plan:
             "labels": labels,
             "unlisted_labels": "background",
             "class_weights": {"tumour": 4} if "tumour" in labels else {},
+            "postprocess": _postprocess(labels),
             "patch_size": [48, 48, 48],
             "batch_size": 2,
             "preprocessing": {

@@ -777,6 +777,24 @@ class LabelFound(Answer):
     volume_ml: float
 
 
+class Lesion(Answer):
+    """One connected component of a label."""
+
+    voxels: int
+    volume_ml: float
+    longest_mm: float = Field(
+        description="Greatest distance between two points of its voxels, in any direction."
+    )
+    centroid_mm: tuple[float, float, float] = Field(description="RAS+, in mm.")
+
+
+class Lesions(Answer):
+    """The connected components of a label."""
+
+    num: int
+    largest: tuple[Lesion, ...] = Field(description="At most 100, the largest first.")
+
+
 class Certificate(Answer):
     """What was measured when the file was read back by readers that did not write it."""
 
@@ -835,6 +853,18 @@ class SegmentationResult(Answer):
     labels: tuple[LabelFound, ...] = ()
     volumes_ml: dict[str, float]
     voxels: dict[str, int]
+    lesions: dict[str, Lesions] = Field(
+        default_factory=dict,
+        description="Of each label that the model's `postprocess` wants counted.",
+    )
+    removed_voxels: dict[str, int] = Field(
+        default_factory=dict,
+        description="Of each label: outside of the largest component, now background. Empty "
+        "where the model asks for no clean-up.",
+    )
+    filled_voxels: dict[str, int] = Field(
+        default_factory=dict, description="Of each label: holes, which were background."
+    )
     num_windows: int | None = None
     provider: str | None = Field(None, description="Of onnxruntime, as it really was.")
     certificate: Certificate | None = Field(None, description="Of the NIfTI mask.")
@@ -859,6 +889,21 @@ class Segmentation(Inference):
                         ],
                         "volumes_ml": {"liver": 1450.2, "tumour": 12.5},
                         "voxels": {"liver": 46400, "tumour": 400},
+                        "lesions": {
+                            "tumour": {
+                                "num": 1,
+                                "largest": [
+                                    {
+                                        "voxels": 400,
+                                        "volume_ml": 12.5,
+                                        "longest_mm": 31.4,
+                                        "centroid_mm": [61.2, -14.0, 1033.5],
+                                    }
+                                ],
+                            }
+                        },
+                        "removed_voxels": {"liver": 211, "tumour": 12},
+                        "filled_voxels": {"liver": 8, "tumour": 0},
                         "provider": "CPUExecutionProvider",
                         "certificate": _CERTIFICATE,
                         "files": [

@@ -11,6 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -107,6 +108,9 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         ],
         "voxels": found.voxels,
         "volumes_ml": found.volumes_ml,
+        "lesions": {name: asdict(one) for name, one in found.lesions.items()},
+        "removed_voxels": found.removed_voxels,
+        "filled_voxels": found.filled_voxels,
         "num_windows": found.num_windows,
         **published.result,
         "timings_s": {

@@ -58,7 +58,28 @@ def _input_lines(manifest: Manifest) -> list[str]:
         f"- `image` (batch, {num_channels}, I, J, K){read}, patches of {patch} voxels; "
         "I, J, K multiples of 8.",
         _output_line(manifest),
+        *_mask_lines(manifest),
     ]
+
+
+def _mask_lines(manifest: Manifest) -> list[str]:
+    """What serving does to the mask, where it does something."""
+    asked = manifest.postprocess
+    steps = [
+        f"{what} of {', '.join(names)}"
+        for what, names in (
+            ("largest component", asked.keep_largest),
+            ("holes filled", asked.fill_holes),
+            ("lesions counted", asked.lesions),
+        )
+        if names
+    ]
+    inside = "; ".join(
+        f"{', '.join(parts)} counts as {name}" for name, parts in asked.parts.items()
+    )
+    if not steps:
+        return []
+    return [f"- Mask: {'; '.join(steps)}{f' ({inside})' if inside else ''}."]
 
 
 def _image_lines(spec: Preprocessing2d, manifest: Manifest) -> list[str]:

@@ -30,6 +30,7 @@ from models.recipe import (
     ClassifyRecipe,
     ClassifyRecipe2d,
     FinetuneRecipe,
+    Postprocess,
     PretrainRecipe,
     PretrainRecipe2d,
     Recipe,
@@ -255,6 +256,7 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
     channels: tuple[str, ...] = ("image",) if num_axes == 3 else _COLOURS
     labels: tuple[str, ...] = ()
     overlap, activation = 0.5, "softmax"
+    postprocess = Postprocess()
     match recipe:
         case PretrainRecipe() | PretrainRecipe2d():
             kind, patch = "encoder", _patch_of(recipe)
@@ -262,6 +264,7 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
         case FinetuneRecipe():
             kind, labels, patch = "segmenter", recipe.targets, recipe.patch_size
             overlap, channels = recipe.overlap, recipe.channels
+            postprocess = recipe.postprocess
             activation = "softmax" if recipe.labels else "sigmoid"
             output = TensorSpec(name="logits", shape=("batch", num_outputs(recipe), *spatial))
         case ClassifyRecipe() | ClassifyRecipe2d():
@@ -282,6 +285,7 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
         preprocessing=recipe.preprocessing,
         patch_size=patch,
         overlap=overlap,
+        postprocess=postprocess,
         recipe=recipe,
         lineage=lineage,
         metrics=metrics,

@@ -10,6 +10,7 @@ from models.recipe.parts import (
     LabelName,
     LabelValue,
     Part,
+    Postprocess,
     Preprocessing,
     Preprocessing2d,
     ResNetUNet2d,
@@ -80,6 +81,8 @@ class FinetuneRecipe(_Finetuning):
     flip_probability: Share = 0.0
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Of the sliding windows in validation and in serving."""
+    postprocess: Postprocess = Postprocess()
+    """Of masks in serving; validation and test measure the network alone."""
     fused: bool = True
     """Compute the decoder's up-convolutions fused: the same function, a third fewer operations."""
 
@@ -93,6 +96,7 @@ class FinetuneRecipe(_Finetuning):
             raise ValueError(f"two labels share a value: {sorted(self.labels.values())}")
         if unknown := self.class_weights.keys() - self.labels.keys():
             raise ValueError(f"class_weights names what labels does not: {sorted(unknown)}")
+        self.postprocess.require(tuple(self.labels))
         return self
 
     @property

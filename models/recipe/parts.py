@@ -60,6 +60,58 @@ class Preprocessing(Part):
     intensity: Annotated[Window | ZScore, Field(discriminator="kind")] = Window()
 
 
+Connectivity = Literal[6, 26]
+"""Neighbours of a voxel: across faces, or across faces, edges and corners."""
+
+
+class Postprocess(Part):
+    """What is done to a mask before it leaves; the defaults change nothing.
+
+    An organ is its own label with its parts. See `models.postprocess`.
+    """
+
+    parts: dict[LabelName, Annotated[tuple[LabelName, ...], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+    """Labels that lie inside others and count as them: `{"liver": ["tumour"]}`."""
+    keep_largest: tuple[LabelName, ...] = ()
+    """Organs of which the largest component stays, with what parts lie in it."""
+    fill_holes: tuple[LabelName, ...] = ()
+    """Organs whose enclosed background becomes theirs, after that and in this order."""
+    lesions: tuple[LabelName, ...] = ()
+    """Labels whose components are counted and measured in the result."""
+    connectivity: Connectivity = 26
+
+    @model_validator(mode="after")
+    def _clear(self) -> Self:
+        parts = {part for listed in self.parts.values() for part in listed}
+        if nested := parts & self.parts.keys():
+            raise ValueError(f"a part has parts: {sorted(nested)}")
+        if alone := parts & set(self.keep_largest):
+            raise ValueError(f"a part stays with its organ, not by its own size: {sorted(alone)}")
+        for field in ("keep_largest", "fill_holes", "lesions"):
+            names: tuple[str, ...] = getattr(self, field)
+            if len(set(names)) != len(names):
+                raise ValueError(f"{field} names a label twice: {', '.join(names)}")
+        return self
+
+    @property
+    def changes_masks(self) -> bool:
+        """Whether a mask may leave otherwise than the network made it."""
+        return bool(self.keep_largest or self.fill_holes)
+
+    def require(self, labels: tuple[str, ...]) -> None:
+        """Refuse names that are none of the labels.
+
+        Raises:
+            ValueError: Names them.
+        """
+        parts = {part for listed in self.parts.values() for part in listed}
+        named = parts.union(self.parts, self.keep_largest, self.fill_holes, self.lesions)
+        if unknown := named - set(labels):
+            raise ValueError(f"postprocess names what labels does not: {sorted(unknown)}")
+
+
 class OwnRange(Part):
     """Intensities between an image's own least and greatest value, scaled to [0, 1]."""
 

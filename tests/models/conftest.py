@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models import bundle
 from models.bundle import Lineage, Manifest, TensorSpec
-from models.recipe import FinetuneRecipe, Preprocessing, PretrainRecipe, Window
+from models.recipe import FinetuneRecipe, Postprocess, Preprocessing, PretrainRecipe, Window
 
 SHAPE = ["batch", 1, "i", "j", "k"]
 WINDOW_01 = Preprocessing(intensity=Window(low_hu=0.0, high_hu=1000.0))
@@ -107,6 +107,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
         patch_size: tuple[int, int, int] = (16, 16, 8),
         overlap: float = 0.5,
         preprocessing: Preprocessing = WINDOW_01,
+        postprocess: Postprocess | None = None,
         metadata: dict[str, str] | None = None,
     ) -> Path:
         nonlocal count
@@ -128,6 +129,7 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
             preprocessing=preprocessing,
             patch_size=patch_size,
             overlap=overlap,
+            postprocess=postprocess or Postprocess(),
             recipe=PretrainRecipe() if is_encoder else FinetuneRecipe(labels={"organ": 1}),
             lineage=Lineage(
                 dataset_digest="0" * 64, seed=0, num_steps=1, code_version="test", torch_version=""

@@ -11,14 +11,16 @@ import onnx
 import pydicom
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from scipy import ndimage
 
 from imaging import nifti
 from imaging.dicom_header import quiet
 from imaging.phantom import make
 from imaging.phantom_dicom import write_dicom_zip
 from models import bundle
-from models.recipe import FinetuneRecipe, Preprocessing, Window
+from models.recipe import FinetuneRecipe, Postprocess, Preprocessing, Window
 from service import migrate, registry, results, runs, tasks, volumes
+from service.schemas import SegmentationResult
 from service.settings import Settings
 from service.worker import make_worker, work_through
 
@@ -52,6 +54,11 @@ def worker(tmp_path):
 @pytest.fixture
 def model(worker, tmp_path) -> dict[str, object]:
     """The model, registered: what a run's spec names."""
+    return registered(worker, tmp_path / "plain", Postprocess())
+
+
+def registered(worker, folder, postprocess) -> dict[str, object]:
+    folder.mkdir()
     network = thresholds()
     tensors = (("image", 1), ("logits", 3))
     image, logits = (
@@ -67,6 +74,7 @@ def model(worker, tmp_path) -> dict[str, object]:
             spacing_mm=(12.0, 12.0, 20.0), intensity=Window(low_hu=-100.0, high_hu=400.0)
         ),
         patch_size=(16, 16, 8),
+        postprocess=postprocess,
         recipe=FinetuneRecipe(labels={"liver": 1, "tumour": 2}),
         lineage=bundle.Lineage(
             dataset_digest="0" * 64, seed=0, num_steps=1, code_version="0", torch_version="0"
@@ -77,21 +85,21 @@ def model(worker, tmp_path) -> dict[str, object]:
     for key, value in bundle.onnx_metadata(manifest).items():
         entry = network.metadata_props.add()
         entry.key, entry.value = key, value
-    onnx.save(network, tmp_path / "model.onnx")
-    folder = tmp_path / "bundle"
-    bundle.save(folder, manifest, {bundle.MODEL: tmp_path / "model.onnx"}, "# Card\n")
-    digest = worker.store.publish_bundle(folder)
+    onnx.save(network, folder / "network.onnx")
+    saved = folder / "bundle"
+    bundle.save(saved, manifest, {bundle.MODEL: folder / "network.onnx"}, "# Card\n")
+    digest = worker.store.publish_bundle(saved)
     with worker.sessions() as session:
-        registry.register(
+        version = registry.register(
             session,
             "liver-tumour",
             kind="segmenter",
             digest=digest,
-            manifest=json.loads((folder / bundle.MANIFEST).read_bytes()),
+            manifest=json.loads((saved / bundle.MANIFEST).read_bytes()),
             run_id=None,
         )
         session.commit()
-    return {"name": "liver-tumour", "version": 1, "digest": digest}
+        return {"name": "liver-tumour", "version": version.version, "digest": digest}
 
 
 def ingested(worker, path):
@@ -184,6 +192,57 @@ def test_a_scan_that_was_no_dicom_gets_a_mask_and_a_reason(worker, model, tmp_pa
         ("dicom-seg", "source_not_dicom"),
         ("dicom-sr", "source_not_dicom"),
     }
+
+
+def test_the_mask_that_leaves_is_the_cleaned_one_and_the_result_lists_its_lesions(
+    worker, model, tmp_path
+):
+    hu = np.full((24, 20, 16), -100, np.int16)
+    hu[2:12, 3:13, 2:12] = 100  # the liver
+    hu[9, 9, 9] = -100  # its hole
+    hu[4:7, 4:7, 4:7] = hu[4:6, 9:11, 4:6] = 390  # two tumours
+    hu[16:19, 4:7, 4:7] = 100  # a detached blob
+    hu[16:18, 12:14, 4:6] = 390  # a tumour in nothing
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])  # stored LPS-wise, so that the source grid is another
+    path = tmp_path / "scan.nii.gz"
+    nifti.write(path, hu, np.diag([12.0, 12.0, 20.0, 1.0]) @ flip)
+    scan = ingested(worker, path)
+    cleaning = registered(
+        worker,
+        tmp_path / "cleaning",
+        Postprocess(
+            parts={"liver": ("tumour",)},
+            keep_largest=("liver",),
+            fill_holes=("liver",),
+            lesions=("tumour",),
+        ),
+    )
+
+    off, off_files = segmented(worker, model, scan)
+    on, on_files = segmented(worker, cleaning, scan)
+
+    def mask_of(files):
+        (one,) = (file for file in files if file.name == "mask.nii.gz")
+        return nifti.read_stored(worker.store.verify(one.sha256))[0]
+
+    raw, mask = mask_of(off_files), mask_of(on_files)
+    assert ndimage.label(raw > 0)[1] == 3 and raw[9, 9, 9] == 0  # the control: all is there
+    assert off.result["lesions"] == off.result["removed_voxels"] == {}
+    assert ndimage.label(mask > 0)[1] == 1 and mask[9, 9, 9] == 1
+    assert on.result["removed_voxels"] == {"liver": 27, "tumour": 8}
+    assert on.result["filled_voxels"] == {"liver": 1, "tumour": 0}
+    counted = {"liver": 1000 - 27 - 8, "tumour": 27 + 8}
+    assert on.result["voxels"] == on.result["certificate"]["voxels"] == counted
+    tumours = on.result["lesions"]["tumour"]
+    assert tumours["num"] == ndimage.label(mask == 2)[1] == 2
+    assert [one["voxels"] for one in tumours["largest"]] == [27, 8]
+    assert sum(one["volume_ml"] for one in tumours["largest"]) == pytest.approx(
+        on.result["volumes_ml"]["tumour"]
+    )
+    assert tumours["largest"][0]["longest_mm"] == pytest.approx((36**2 + 36**2 + 60**2) ** 0.5)
+    assert tumours["largest"][0]["centroid_mm"] == pytest.approx([-60.0, -60.0, 100.0])
+    shown = SegmentationResult.model_validate(on.result)
+    assert shown.lesions["tumour"].largest[0].voxels == 27
 
 
 def flipped(path, voxels, affine, **options):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from imaging import nifti
 from imaging.phantom import make
-from models.recipe import FinetuneRecipe, Preprocessing, UNet3d, Window
+from models.recipe import FinetuneRecipe, Postprocess, Preprocessing, UNet3d, Window
 from service import celery_app, datasets, db, migrate, registry, runs, volumes
 from service.settings import Settings
 from service.storage import Store
@@ -26,6 +27,9 @@ RECIPE = FinetuneRecipe(
         spacing_mm=(12.0, 12.0, 20.0), intensity=Window(low_hu=-200.0, high_hu=200.0)
     ),
     patch_size=(16, 16, 8),
+    postprocess=Postprocess(
+        parts={"liver": ("tumour",)}, keep_largest=("liver",), lesions=("tumour",)
+    ),
     num_steps=4,
     batch_size=2,
     validate_every=2,
@@ -137,6 +141,11 @@ def test_scans_become_a_model_and_the_model_a_certified_mask(settings, sessions,
         assert runs.artifact(session, second.id, "mask.nii.gz").sha256 == mask.sha256
     path = tmp_path / "mask.nii.gz"
     path.write_bytes(store.verify(mask.sha256).read_bytes())
-    _, grid = nifti.read(path)
+    found, grid = nifti.read(path)
+    num_tumours = ndimage.label(found.voxels == 2, np.ones((3, 3, 3)))[1]
+    assert first.result["lesions"]["tumour"]["num"] == num_tumours  # the recipe's wish arrived
+    assert set(first.result["removed_voxels"]) == {"liver", "tumour"}
+    if (found.voxels == 1).any():
+        assert ndimage.label(found.voxels > 0, np.ones((3, 3, 3)))[1] == 1
     assert list(grid.shape) == scan.source_shape
     assert np.allclose(grid.affine, scan.source_affine)

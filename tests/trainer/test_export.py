@@ -10,7 +10,7 @@ import torch
 
 from models import bundle
 from models.networks.unet3d import UNet3d
-from models.recipe import FinetuneRecipe, PretrainRecipe
+from models.recipe import FinetuneRecipe, Postprocess, PretrainRecipe
 from trainer import checkpoint, export
 from trainer.errors import DataError, ParityError
 from trainer.methods.pcrl import Pcrl
@@ -45,12 +45,28 @@ def test_a_segmenter_is_published_with_its_facts(
     assert manifest.kind == "segmenter" and manifest.labels == ("organ", "lesion")
     assert {p.input_kind for p in manifest.parity} == {"random", "real"}
     assert all(p.passed for p in manifest.parity)
+    assert manifest.postprocess == Postprocess() and "postprocess" not in facts
     assert facts["labels"] == "organ,lesion" and facts["spacing_mm"] == "2,2,2"
     assert "dice_organ | 0.5000" in (folder / "card.md").read_text()
     # The exporter leaves stack traces with paths of the machine.
     assert len(model.graph.node) > 20
     assert not any(node.metadata_props for node in model.graph.node)
     assert b".py" not in (folder / "model.onnx").read_bytes()
+
+
+def test_what_masks_go_through_travels_from_the_recipe_to_the_bundle_its_card_and_onnx(
+    tmp_path: Path, finetune_recipe: FinetuneRecipe, report
+) -> None:
+    asked = Postprocess(parts={"organ": ("lesion",)}, keep_largest=("organ",), lesions=("lesion",))
+    recipe = finetune_recipe.model_copy(update={"postprocess": asked})
+
+    folder = export.publish(state_of(recipe), tmp_path / "bundle", report)
+
+    facts = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
+    assert bundle.load(folder).postprocess == asked
+    assert Postprocess.model_validate_json(facts["postprocess"]) == asked
+    card = (folder / "card.md").read_text()
+    assert "largest component of organ; lesions counted of lesion (lesion counts as organ)" in card
 
 
 def test_an_encoder_gives_the_pooled_bottleneck(

@@ -21,6 +21,21 @@ RESULT = {
     "labels": [{"name": "liver", "value": 1, "voxels": 5000, "volume_ml": 1450.5}],
     "volumes_ml": {"liver": 1450.5},
     "voxels": {"liver": 5000},
+    "lesions": {
+        "liver": {
+            "num": 1,
+            "largest": [
+                {
+                    "voxels": 5000,
+                    "volume_ml": 1450.5,
+                    "longest_mm": 180.5,
+                    "centroid_mm": [60.0, -14.5, 1033.0],
+                }
+            ],
+        }
+    },
+    "removed_voxels": {"liver": 3},
+    "filled_voxels": {"liver": 0},
     "provider": "CPUExecutionProvider",
     "certificate": {**CERTIFICATE, "format": "nifti"},
     "files": [
