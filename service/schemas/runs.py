@@ -1,0 +1,213 @@
+"""Runs: what a job is asked for, its progress, metrics and events."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from models.recipe import FinetuneRecipe, PretrainRecipe
+from service.schemas.base import (
+    HEX,
+    TIME,
+    Answer,
+    Ask,
+    DatasetId,
+    ModelName,
+    ModelReference,
+    Page,
+    RunId,
+    Sha256,
+    State,
+    VolumeId,
+    page_of,
+)
+
+
+class RunCreate(Ask):
+    """A training to do. `recipe.kind` may be left out; it is `kind`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "kind": "pretrain",
+                    "dataset_id": f"ds_{HEX}",
+                    "model_name": "abdomen-encoder",
+                    "recipe": {"kind": "pretrain", "num_steps": 1000, "batch_size": 8},
+                },
+                {
+                    "kind": "finetune",
+                    "dataset_id": f"ds_{HEX}",
+                    "model_name": "liver-tumour",
+                    "parent": "models:/abdomen-encoder@latest",
+                    "recipe": {"kind": "finetune", "labels": {"liver": 1, "tumour": 2}},
+                },
+            ]
+        },
+    )
+
+    kind: Literal["pretrain", "finetune"]
+    dataset_id: DatasetId
+    recipe: Annotated[PretrainRecipe | FinetuneRecipe, Field(discriminator="kind")]
+    parent: ModelReference | None = Field(
+        None, description="Of fine-tuning, what it starts from: an encoder, or the run of one."
+    )
+    model_name: ModelName = Field(description="The model that the result becomes a version of.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_of_the_run(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("recipe"), dict):
+            recipe = value["recipe"]
+            if "kind" not in recipe and value.get("kind") in ("pretrain", "finetune"):
+                return {**value, "recipe": {"kind": value["kind"], **recipe}}
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.recipe.kind != self.kind:
+            raise ValueError(f"kind is {self.kind}, the recipe's kind is {self.recipe.kind}")
+        if self.kind == "pretrain" and self.parent is not None:
+            raise ValueError("pretraining starts from nothing: parent must be absent")
+        if isinstance(self.recipe, FinetuneRecipe) and len(self.recipe.channels) > 1:
+            raise ValueError(
+                f"a volume here is one image, the recipe reads {len(self.recipe.channels)}; "
+                "use `python -m trainer finetune`"
+            )
+        return self
+
+
+class Progress(Answer):
+    """How far a run is."""
+
+    stage: str = ""
+    step: int | None = None
+    total: int | None = None
+    fraction: float | None = None
+    eta_s: float | None = None
+
+
+class RunError(Answer):
+    """Why a run failed."""
+
+    code: str
+    detail: str
+
+
+class ModelPointer(Answer):
+    """One version of a model, by name and by content."""
+
+    name: str
+    version: int
+    digest: Sha256
+
+
+class Run(Answer):
+    """One execution of a recipe or of an inference."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": f"run_{HEX}",
+                    "kind": "pretrain",
+                    "state": "running",
+                    "dataset_id": f"ds_{HEX}",
+                    "volume_id": None,
+                    "model_name": "abdomen-encoder",
+                    "parent": None,
+                    "parent_digest": None,
+                    "recipe": {"kind": "pretrain", "num_steps": 1000},
+                    "model": None,
+                    "progress": {"stage": "train", "step": 10, "total": 1000, "fraction": 0.01},
+                    "result": None,
+                    "error": None,
+                    "attempt": 1,
+                    "created_at": TIME,
+                    "started_at": TIME,
+                    "finished_at": None,
+                }
+            ]
+        },
+    )
+
+    id: RunId
+    kind: Literal["pretrain", "finetune", "segment", "embed"]
+    state: State
+    dataset_id: DatasetId | None
+    volume_id: VolumeId | None
+    model_name: str | None = Field(description="Of training: what the result is registered as.")
+    parent: str | None = Field(description="Of training: as it was asked for.")
+    parent_digest: Sha256 | None = None
+    recipe: dict[str, Any] | None
+    model: ModelPointer | None = Field(description="Used (inference) or made (training).")
+    progress: Progress | None
+    result: dict[str, Any] | None
+    error: RunError | None
+    attempt: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class RunPage(Page[Run]):
+    """Part of a listing of runs."""
+
+    model_config = ConfigDict(frozen=True, json_schema_extra=page_of(Run))
+
+
+class MetricPoint(Answer):
+    """One value of a metric."""
+
+    name: str
+    step: int
+    value: float
+
+
+class RunMetrics(Answer):
+    """The curves of a run, by name and step."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={"examples": [{"points": [{"name": "loss", "step": 10, "value": 1.25}]}]},
+    )
+
+    points: tuple[MetricPoint, ...]
+
+
+class Event(Answer):
+    """Something that happened in a run."""
+
+    id: int = Field(description="Sequence number; ask for later ones with `after`.")
+    type: str = Field(description="`state`, `progress`, `metric` or `log`")
+    data: dict[str, Any]
+    created_at: datetime
+
+
+class Events(Answer):
+    """What happened in a run, in order."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "events": [
+                        {
+                            "id": 7,
+                            "type": "state",
+                            "data": {"state": "running"},
+                            "created_at": TIME,
+                        }
+                    ]
+                }
+            ]
+        },
+    )
+
+    events: tuple[Event, ...]
