@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from imaging import nifti
+from imaging.geometry import GeometryError
 from imaging.results.certificate import Labels, certify_nifti
 from imaging.results.child import Format, NotMade, Results, Written, write_results
 from imaging.results.facts import Facts, Label
@@ -113,8 +114,14 @@ def _dicom(
 
 
 def _check_certified(written: Sequence[Written]) -> None:
-    """A report has volumes and no mask; everything else came with its certificate."""
-    assert all(one.certificate is not None for one in written if one.format != "dicom-sr")
+    """A report has volumes and no mask; everything else came with its certificate.
+
+    Raises:
+        GeometryError: A file has none.
+    """
+    bare = [one.format for one in written if one.certificate is None and one.format != "dicom-sr"]
+    if bare:
+        raise GeometryError(f"no certificate came with {', '.join(bare)}")
 
 
 def _facts(lease: Lease, found: Segmentation) -> Facts:
