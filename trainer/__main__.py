@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -219,5 +219,14 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, default=0, help="0 lets torch choose")
 
 
+def _end(status: int) -> NoReturn:
+    """Exit; a rank without Python's teardown, in which torch may hang or abort (`distributed`)."""
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

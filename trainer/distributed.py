@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer import joined_norm
+from trainer.errors import Preempted
 from trainer.launch import RENDEZVOUS
 
 PATIENCE = timedelta(days=1)
@@ -36,7 +37,10 @@ L = TypeVar("L")
 def group(kind: str) -> Iterator[torch.device]:
     """Join the other ranks, if the environment says that there are any.
 
-    A run that fails does not leave the group: the others see the connection close.
+    The ranks of a run that ends, or stops on request, come out of here together. One that fails
+    does not wait: the others see its connections close. The group itself lasts as long as the
+    process, which must end without Python's teardown (`trainer.__main__`): torch 2.13 takes a gloo
+    group down by waiting, with the GIL held, for a thread that waits for the GIL.
 
     Args:
         kind: `cpu` or `cuda`.
@@ -58,8 +62,12 @@ def group(kind: str) -> Iterator[torch.device]:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=PATIENCE,
     )
-    yield device
-    dist.destroy_process_group()
+    try:
+        yield device
+    except Preempted:
+        any_rank(False)
+        raise
+    any_rank(False)
 
 
 def num_ranks() -> int:

@@ -128,8 +128,9 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             break
         time.sleep(POLL_S)
     if failures:
-        # A rank that lost the others fails with 1; what is more specific came first.
-        return min(failures, key=lambda status: (status == errors.FAILED, status))
+        # A rank that lost the others fails with 1, or aborts: what is more specific came first.
+        lost = (errors.FAILED, -signal.SIGABRT)
+        return min(failures, key=lambda status: (status in lost, status))
     return errors.PREEMPTED if errors.PREEMPTED in ended else 0
 
 

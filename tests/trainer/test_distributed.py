@@ -220,6 +220,8 @@ def ending(status: int) -> subprocess.Popen[bytes]:
         ((64, 64), 64),
         ((1, -9), -9),
         ((1, 1), 1),
+        ((-6, 76), 76),  # lost the other, and aborted
+        ((-6, -6), -6),
     ],
 )
 def test_the_exit_status_is_that_of_the_rank_that_failed(
@@ -257,6 +259,46 @@ def test_as_many_processes_are_started_as_share_the_batch_evenly(
     if visible > expected:
         with pytest.raises(errors.DataError, match="bad_processes"):
             launch.choose(recipe, visible)
+
+
+LEAVING = """
+import os, sys, time
+from pathlib import Path
+from trainer import distributed
+from trainer.errors import DataError, Preempted
+
+saved = Path(sys.argv[1])
+try:
+    with distributed.group("cpu"):
+        if distributed.is_first():
+            time.sleep(2)
+            saved.touch()
+        raise Preempted(1) if sys.argv[2] == "stops" else DataError("bad", "in every rank")
+except (Preempted, DataError):
+    print(saved.exists(), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("how", "second_rank_waits"), [("stops", True), ("fails", False)])
+def test_ranks_that_stop_leave_together_and_one_that_fails_at_once(
+    how: str, second_rank_waits: bool, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVING, str(saved), how],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **launch._environment(tmp_path, rank, 2)},
+        )
+        for rank in (0, 1)
+    ]
+
+    said = [rank.communicate(timeout=60)[0].strip() for rank in ranks]
+
+    assert said == ["True", str(second_rank_waits)]
 
 
 def start(folder: Path, scans: Path, out: Path) -> subprocess.Popen[str]:
