@@ -13,16 +13,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imaging.resample import argmax_on_grid
 from imaging.volume import Grid, Shape
-from models.bundle import BundleError, volume_input
+from models.bundle import BundleError, Manifest, volume_input
 from models.preprocess import Prepared
-from models.session import OnnxSession
 from models.tiling import gaussian_weights, margins, pad, window_starts
 
 Float32Array = NDArray[np.float32]
@@ -39,6 +38,17 @@ class Stopped(Exception):  # noqa: N818 - an outcome that the caller asked for, 
     """`should_stop` turned true."""
 
 
+class Network(Protocol):
+    """What windows go through: a `models.session.OnnxSession`, or something around one."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """How it wants its input, and what it gives."""
+
+    def run(self, batch: Float32Array, *, release_memory: bool = False) -> Float32Array:
+        """Logits (B, C, I, J, K) of windows (B, 1, I, J, K)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slab:
     """Finished planes of blended logits."""
@@ -49,7 +59,7 @@ class Slab:
     """(C, I', J', planes)."""
 
 
-def blended_slabs(session: OnnxSession, prepared: Prepared, counter: Counter) -> Iterator[Slab]:
+def blended_slabs(session: Network, prepared: Prepared, counter: Counter) -> Iterator[Slab]:
     """Blended logits of a prepared volume, in ascending slabs that cover it without gap or overlap.
 
     blend = sum over windows of weight * logits / sum over windows of weight
@@ -101,7 +111,7 @@ class _WindowRunner:
     """Logits of windows, in batches; windows of air alone share one run."""
 
     def __init__(
-        self, session: OnnxSession, padded: Float32Array, background: float, counter: Counter
+        self, session: Network, padded: Float32Array, background: float, counter: Counter
     ) -> None:
         self._session = session
         self._padded = padded

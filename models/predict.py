@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.volume import Volume
+from imaging.volume import Grid, Volume
 from models.blend import (
     Counter,
+    Network,
     PlaneResampler,
     Progress,
+    Slab,
     Stopped,
     batch_size,
     blended_slabs,
@@ -28,15 +30,16 @@ from models.blend import (
     shape_of,
     window,
 )
-from models.bundle import BundleError, volume_input
+from models.bundle import BundleError, Manifest, volume_input
 from models.postprocess import Cleaned, Lesions, clean, lesions
-from models.preprocess import prepare
+from models.preprocess import Prepared, prepare
 from models.session import OnnxSession
 from models.tiling import pad, window_starts
 
 __all__ = ["Embedding", "Progress", "Segmentation", "Stopped", "embed", "segment"]
 
 Float32Array = NDArray[np.float32]
+Watch = Callable[[Slab], None]
 FOREGROUND_ABOVE = 0.05
 """A voxel this far above air (in network input) counts as body; noise in air stays below it."""
 
@@ -94,16 +97,39 @@ def segment(
         BundleError: `wrong_model_kind`, or what `OnnxSession.run` raises.
         Stopped: `should_stop` turned true.
     """
-    names = session.manifest.labels
-    _require_kind(session, "segmenter")
-    _require_one_channel_and_exclusive_labels(session)
+    require_segmenter(session.manifest)
     spec, _ = volume_input(session.manifest)
-    clock = _Clock()
+    clock = Clock()
     with clock.stage("preprocess"):
         prepared = prepare(volume, spec)
     labels = np.zeros(volume.shape, dtype=np.uint8)
-    resampler = PlaneResampler(prepared.grid, volume.grid, labels)
     counter = Counter(progress, should_stop)
+    fill(session, prepared, volume.grid, labels, counter=counter, clock=clock)
+    return finish(session.manifest, volume, labels, num_windows=counter.total, clock=clock)
+
+
+def fill(
+    session: Network,
+    prepared: Prepared,
+    target: Grid,
+    labels: NDArray[np.uint8],
+    *,
+    counter: Counter,
+    clock: Clock,
+    watch: Watch | None = None,
+) -> None:
+    """Label a grid by the sliding windows of a prepared volume.
+
+    Args:
+        session: The network.
+        prepared: Its input.
+        target: The grid to label; its axes are parallel to the input's.
+        labels: (I, J, K) on `target`, written; may be a view.
+        counter: Of the windows.
+        clock: Takes the stages `infer` and `resample`.
+        watch: Shown every slab of blended logits.
+    """
+    resampler = PlaneResampler(prepared.grid, target, labels)
     slabs = blended_slabs(session, prepared, counter)
     while True:
         with clock.stage("infer"):
@@ -112,8 +138,21 @@ def segment(
             break
         with clock.stage("resample"):
             resampler.add(slab)
+        if watch is not None:
+            with clock.stage("uncertainty"):
+                watch(slab)
 
-    asked = session.manifest.postprocess
+
+def finish(
+    manifest: Manifest,
+    volume: Volume,
+    labels: NDArray[np.uint8],
+    *,
+    num_windows: int,
+    clock: Clock,
+) -> Segmentation:
+    """What a labelled grid amounts to, after the clean-up that the manifest asks for."""
+    names, asked = manifest.labels, manifest.postprocess
     cleaned = Cleaned(labels, {}, {})
     if asked.changes_masks:
         with clock.stage("postprocess"):
@@ -131,7 +170,7 @@ def segment(
         labels,
         voxels,
         volumes_ml,
-        counter.total,
+        num_windows,
         clock.timings_s(),
         lesions=counted,
         removed_voxels=cleaned.removed_voxels,
@@ -165,9 +204,9 @@ def embed(
             `OnnxSession.run` raises.
         Stopped: `should_stop` turned true.
     """
-    _require_kind(session, "encoder")
+    _require_kind(session.manifest, "encoder")
     spec, patch = volume_input(session.manifest)
-    clock = _Clock()
+    clock = Clock()
     with clock.stage("preprocess"):
         prepared = prepare(volume, spec)
         padded = pad(prepared.array, patch, prepared.background)
@@ -194,7 +233,7 @@ def embed(
     return Embedding(vector, len(weighted), clock.timings_s())
 
 
-class _Clock:
+class Clock:
     """Seconds spent in each stage."""
 
     def __init__(self) -> None:
@@ -203,6 +242,7 @@ class _Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Count what is done inside; a stage may come again."""
         begin = time.perf_counter()
         try:
             yield
@@ -210,26 +250,30 @@ class _Clock:
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - begin
 
     def timings_s(self) -> dict[str, float]:
+        """Each stage, and `total` since the clock was made."""
         total = time.perf_counter() - self._started
         return {name: round(spent, 3) for name, spent in (*self._spent.items(), ("total", total))}
 
 
-def _require_kind(session: OnnxSession, kind: str) -> None:
-    if session.manifest.kind != kind:
-        raise BundleError(
-            "wrong_model_kind", f"the model is of kind {session.manifest.kind}, not {kind}"
-        )
+def _require_kind(manifest: Manifest, kind: str) -> None:
+    if manifest.kind != kind:
+        raise BundleError("wrong_model_kind", f"the model is of kind {manifest.kind}, not {kind}")
 
 
-def _require_one_channel_and_exclusive_labels(session: OnnxSession) -> None:
-    """A scan here is one image, and a mask holds one label a voxel; refuse what needs more."""
-    channels, names = session.manifest.channels, session.manifest.labels
+def require_segmenter(manifest: Manifest) -> None:
+    """A scan here is one image, and a mask holds one label a voxel; refuse what needs more.
+
+    Raises:
+        BundleError: `wrong_model_kind`.
+    """
+    _require_kind(manifest, "segmenter")
+    channels, names = manifest.channels, manifest.labels
     if len(channels) > 1:
         raise BundleError(
             "wrong_model_kind",
             f"the model reads {len(channels)} images of a scan ({', '.join(channels)}), not one",
         )
-    if session.manifest.activation == "sigmoid":
+    if manifest.activation == "sigmoid":
         raise BundleError(
             "wrong_model_kind",
             f"the model's regions ({', '.join(names)}) may overlap; a mask holds one label a voxel",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from imaging.resample import resample, resampled_grid
 from imaging.volume import Array, Grid, Volume
+from models.box import Box, grid_of, needed
 from models.recipe import Preprocessing, Window, ZScore
 
 Float32Array = NDArray[np.float32]
@@ -30,7 +31,7 @@ class Prepared:
     """What fills the margins where a volume is smaller than a patch."""
 
 
-def prepare(volume: Volume, spec: Preprocessing) -> Prepared:
+def prepare(volume: Volume, spec: Preprocessing, part: Box | None = None) -> Prepared:
     """Bring a volume to the spacing and the intensities that a network was made for.
 
     A window maps [low_hu, high_hu] to [0, 1] and clips; air becomes 0. The z-score is
@@ -41,9 +42,16 @@ def prepare(volume: Volume, spec: Preprocessing) -> Prepared:
     Args:
         volume: The scan, in RAS+; `spec.orientation` allows no other.
         spec: From the recipe in training, from the bundle's manifest in serving.
+        part: Only this box of the network's grid. Its voxels are what they are in the whole:
+            statistics of a z-score are still of the whole volume.
     """
     grid = resampled_grid(volume.grid, spec.spacing_mm)
-    array = np.asarray(resample(volume.voxels, volume.grid, grid, order=1), dtype=np.float32)
+    voxels, source = volume.voxels, volume.grid
+    if part is not None:
+        grid = grid_of(grid, part)
+        looked_at = needed(source, grid)
+        voxels, source = voxels[looked_at.slices], grid_of(source, looked_at)
+    array = np.asarray(resample(voxels, source, grid, order=1), dtype=np.float32)
     match spec.intensity:
         case Window(low_hu=low, high_hu=high):
             array -= np.float32(low)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -100,6 +100,7 @@ def open_session(
     digest: str | None = None,
     run_limit_s: float = 600.0,
     gpu_mem_limit_bytes: int | None = None,
+    part: Literal["model", "coarse"] = "model",
 ) -> OnnxSession:
     """Verify a bundle and load its model on a device.
 
@@ -110,6 +111,8 @@ def open_session(
         digest: The bundle's digest as the registry knows it, to be held against the folder's.
         run_limit_s: A batch that takes longer is ended.
         gpu_mem_limit_bytes: Most that this session's arena may take on the GPU.
+        part: `coarse` is the network that finds the organ of a cascade of two; its session has
+            the manifest of that network (`models.bundle.coarse_manifest`).
 
     Raises:
         BundleError: `bundle_invalid`, `bundle_corrupt`, `bundle_inconsistent` (the ONNX file
@@ -125,7 +128,10 @@ def open_session(
     found_digest = bundle.digest_of(bundle_dir)
     if digest is not None and found_digest != digest:
         raise BundleError("bundle_corrupt", f"the bundle is {found_digest}, not {digest}")
-    model = verified_model(bundle_dir, manifest)
+    file = bundle.MODEL if part == "model" else bundle.COARSE
+    if part == "coarse":
+        manifest = bundle.coarse_manifest(manifest)
+    model = verified_model(bundle_dir, manifest, file)
 
     cuda_options: dict[str, object] = {
         "device_id": device_id,
