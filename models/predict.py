@@ -24,15 +24,18 @@ from models.blend import (
     Stopped,
     batch_size,
     blended_slabs,
+    blocks,
     chunks,
+    columns_of,
     shape_of,
     window,
 )
-from models.bundle import BundleError, volume_input
+from models.bundle import BundleError, serving_windows, volume_input
 from models.postprocess import Cleaned, Lesions, clean, lesions
-from models.preprocess import prepare
+from models.preprocess import preparation, prepare
+from models.rolling import Layout
 from models.session import OnnxSession
-from models.tiling import pad, window_starts
+from models.tiling import Windows, pad, window_starts
 
 __all__ = ["Embedding", "Progress", "Segmentation", "Stopped", "embed", "segment"]
 
@@ -77,6 +80,8 @@ def segment(
     *,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    windows: Windows | None = None,
+    num_blocks: int = 1,
 ) -> Segmentation:
     """Label every voxel of a volume.
 
@@ -89,6 +94,9 @@ def segment(
         volume: The scan.
         progress: Told after every batch.
         should_stop: Asked before every batch.
+        windows: Their size, overlap and batch; the model's own if None.
+        num_blocks: Parts in which columns are taken, one after the other: less memory, more time,
+            the same labels.
 
     Raises:
         BundleError: `wrong_model_kind`, or what `OnnxSession.run` raises.
@@ -100,18 +108,33 @@ def segment(
     spec, _ = volume_input(session.manifest)
     clock = _Clock()
     with clock.stage("preprocess"):
-        prepared = prepare(volume, spec)
+        source = preparation(volume, spec)
     labels = np.zeros(volume.shape, dtype=np.uint8)
-    resampler = PlaneResampler(prepared.grid, volume.grid, labels)
-    counter = Counter(progress, should_stop)
-    slabs = blended_slabs(session, prepared, counter)
-    while True:
-        with clock.stage("infer"):
-            slab = next(slabs, None)
-        if slab is None:
-            break
-        with clock.stage("resample"):
-            resampler.add(slab)
+    windows = windows or serving_windows(session.manifest)
+    parts = blocks(source.grid, volume.grid, num_blocks)
+    layouts = [Layout.of(source.grid.shape, windows, part.source) for part in parts]
+    counter = Counter(progress, should_stop, sum(layout.num_windows for layout in layouts))
+    for part in parts:
+        resampler = PlaneResampler(
+            columns_of(source.grid, part.source),
+            columns_of(volume.grid, part.target),
+            labels[:, part.target],
+        )
+        slabs = blended_slabs(
+            session,
+            source,
+            counter,
+            windows=windows,
+            columns=part.source,
+            release_memory=part is parts[-1],
+        )
+        while True:
+            with clock.stage("infer"):
+                slab = next(slabs, None)
+            if slab is None:
+                break
+            with clock.stage("resample"):
+                resampler.add(slab)
 
     asked = session.manifest.postprocess
     cleaned = Cleaned(labels, {}, {})
