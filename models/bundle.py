@@ -30,6 +30,7 @@ from models.recipe import (
     Size2d,
     SpacingMm,
 )
+from models.tiling import Windows
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -313,6 +314,16 @@ def volume_input(manifest: Manifest) -> tuple[Preprocessing, Size]:
     if isinstance(spec, Preprocessing2d) or len(patch) == 2:
         raise BundleError("wrong_model_kind", "the model reads 2D images, and a scan is a volume")
     return spec, patch
+
+
+def serving_windows(manifest: Manifest) -> Windows:
+    """The windows that a segmenter is served with.
+
+    Raises:
+        BundleError: `wrong_model_kind`, the model reads 2D images.
+    """
+    _, patch = volume_input(manifest)
+    return Windows(patch, manifest.overlap)
 
 
 def _fsync(path: Path) -> None:

@@ -25,12 +25,19 @@ from imaging.volume import Grid, Shape, Volume
 from models import box
 from models.blend import Counter, Network, Progress
 from models.box import Box
-from models.bundle import BundleError, Cascade, Manifest, coarse_manifest, volume_input
+from models.bundle import (
+    BundleError,
+    Cascade,
+    Manifest,
+    coarse_manifest,
+    serving_windows,
+    volume_input,
+)
 from models.flips import Axis, with_flips
 from models.postprocess import keep_largest
 from models.predict import Clock, Segmentation, fill, finish, require_segmenter
-from models.preprocess import prepare
-from models.tiling import window_starts
+from models.preprocess import preparation
+from models.tiling import Windows, window_starts
 from models.uncertainty import EntropyMeter, Judgement, Uncertainty, judged
 
 Float32Array = NDArray[np.float32]
@@ -88,6 +95,8 @@ def segment_case(
     coarse: Network | None = None,
     flips: Sequence[Axis] = (),
     wants_map: bool = False,
+    windows: Windows | None = None,
+    num_blocks: int = 1,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Case:
@@ -102,6 +111,8 @@ def segment_case(
         coarse: The open coarse network, of a cascade of two.
         flips: Axes of the fine pass's mirror images (`models.flips`); 2, 4 or 8 times the work.
         wants_map: Keep a map of the entropy.
+        windows: Of the fine pass; the model's own if None.
+        num_blocks: Of the fine pass; see `models.predict.segment`.
         progress: Told after every batch; what is left to do shrinks when the organ is found.
         should_stop: Asked before every batch, in both passes.
 
@@ -111,21 +122,22 @@ def segment_case(
     """
     manifest = session.manifest
     require_segmenter(manifest)
-    spec, patch = volume_input(manifest)
+    spec, _ = volume_input(manifest)
+    windows = windows or serving_windows(manifest)
     clock = Clock()
     num_views = 2 ** len(flips)
     grid = resampled_grid(volume.grid, spec.spacing_mm)
     part, found, num_coarse = box.whole(grid.shape), None, 0
     if manifest.cascade is not None:
         finder = _finder(session, coarse)
-        later = num_views * _num_windows(grid.shape, manifest)
+        later = num_views * len(window_starts(grid.shape, windows.size, windows.overlap))
         with clock.stage("coarse"):
             found, num_coarse = _look(
                 finder,
                 volume,
                 manifest.cascade,
                 grid=grid,
-                patch=patch,
+                at_least=windows.size,
                 counter=Counter(_with_more(progress, later=later), should_stop),
             )
         part = found.box or part
@@ -133,25 +145,27 @@ def segment_case(
     looking = with_flips(session, flips)
     counter = Counter(_with_more(progress, before=num_coarse, times=num_views), should_stop)
     with clock.stage("preprocess"):
-        prepared = prepare(volume, spec, part)
+        source = preparation(volume, spec, part)
     seen = box.centres_within(part, grid, volume.grid)
     target = box.grid_of(volume.grid, seen)
     labels = np.zeros(volume.shape, dtype=np.uint8)
-    meter = EntropyMeter(manifest.labels, prepared.grid.shape if wants_map else None)
+    meter = EntropyMeter(manifest.labels, source.grid.shape if wants_map else None)
     fill(
         looking,
-        prepared,
+        source,
         target,
         labels[seen.slices],
         counter=counter,
         clock=clock,
-        watch=lambda slab: meter.add(slab.logits, slab.first),
+        windows=windows,
+        num_blocks=num_blocks,
+        watch=meter.add,
     )
     entropy_map = None
     if wants_map:
         with clock.stage("uncertainty"):
             entropy_map = np.zeros(volume.shape, dtype=np.uint8)
-            entropy_map[seen.slices] = meter.map_on(prepared.grid, target)
+            entropy_map[seen.slices] = meter.map_on(source.grid, target)
     num_fine = num_views * counter.total
     is_cut = box.touches(labels[seen.slices], seen, volume.shape)
     segmentation = finish(manifest, volume, labels, num_windows=num_coarse + num_fine, clock=clock)
@@ -235,20 +249,20 @@ def _look(
     cascade: Cascade,
     *,
     grid: Grid,
-    patch: Shape,
+    at_least: Shape,
     counter: Counter,
 ) -> tuple[_Found, int]:
     """The coarse pass; the organ's box is at least a window large, since a window is run anyway."""
     spec, _ = volume_input(network.manifest)
-    prepared = prepare(volume, spec)
-    labels = np.zeros(prepared.grid.shape, dtype=np.uint8)
-    fill(network, prepared, prepared.grid, labels, counter=counter, clock=Clock())
+    source = preparation(volume, spec)
+    labels = np.zeros(source.grid.shape, dtype=np.uint8)
+    fill(network, source, source.grid, labels, counter=counter, clock=Clock())
     found, organ_ml = box_of_organ(
-        labels, prepared.grid, cascade, network.manifest.labels, fine_grid=grid
+        labels, source.grid, cascade, network.manifest.labels, fine_grid=grid
     )
     if found is not None:
-        found = box.at_least(found, patch, grid.shape)
-    return _Found(prepared.grid.shape, organ_ml, found), counter.total
+        found = box.at_least(found, at_least, grid.shape)
+    return _Found(source.grid.shape, organ_ml, found), counter.total
 
 
 def _concerns(manifest: Manifest, segmentation: Segmentation, passes: Passes | None) -> list[str]:
@@ -259,11 +273,6 @@ def _concerns(manifest: Manifest, segmentation: Segmentation, passes: Passes | N
     if segmentation.voxels.get(passes.organ) == 0:
         concerns.append("stages_disagree")
     return concerns
-
-
-def _num_windows(shape: Shape, manifest: Manifest) -> int:
-    _, patch = volume_input(manifest)
-    return len(window_starts(shape, patch, manifest.overlap))
 
 
 def _with_more(

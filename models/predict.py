@@ -22,24 +22,27 @@ from models.blend import (
     Network,
     PlaneResampler,
     Progress,
-    Slab,
     Stopped,
     batch_size,
     blended_slabs,
+    blocks,
     chunks,
+    columns_of,
     shape_of,
     window,
 )
-from models.bundle import BundleError, Manifest, volume_input
+from models.bundle import BundleError, Manifest, serving_windows, volume_input
 from models.postprocess import Cleaned, Lesions, clean, lesions
-from models.preprocess import Prepared, prepare
+from models.preprocess import preparation, prepare
+from models.rolling import Layout, Source
 from models.session import OnnxSession
-from models.tiling import pad, window_starts
+from models.tiling import Windows, pad, window_starts
 
 __all__ = ["Embedding", "Progress", "Segmentation", "Stopped", "embed", "segment"]
 
 Float32Array = NDArray[np.float32]
-Watch = Callable[[Slab], None]
+Watch = Callable[[Float32Array, int, int], None]
+"""Called with logits (C, I', columns, planes), their first column along J' and plane along K'."""
 FOREGROUND_ABOVE = 0.05
 """A voxel this far above air (in network input) counts as body; noise in air stays below it."""
 
@@ -80,6 +83,8 @@ def segment(
     *,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    windows: Windows | None = None,
+    num_blocks: int = 1,
 ) -> Segmentation:
     """Label every voxel of a volume.
 
@@ -92,6 +97,9 @@ def segment(
         volume: The scan.
         progress: Told after every batch.
         should_stop: Asked before every batch.
+        windows: Their size, overlap and batch; the model's own if None.
+        num_blocks: Parts in which columns are taken, one after the other: less memory, more time,
+            the same labels.
 
     Raises:
         BundleError: `wrong_model_kind`, or what `OnnxSession.run` raises.
@@ -101,46 +109,78 @@ def segment(
     spec, _ = volume_input(session.manifest)
     clock = Clock()
     with clock.stage("preprocess"):
-        prepared = prepare(volume, spec)
+        source = preparation(volume, spec)
     labels = np.zeros(volume.shape, dtype=np.uint8)
     counter = Counter(progress, should_stop)
-    fill(session, prepared, volume.grid, labels, counter=counter, clock=clock)
+    fill(
+        session,
+        source,
+        volume.grid,
+        labels,
+        counter=counter,
+        clock=clock,
+        windows=windows,
+        num_blocks=num_blocks,
+    )
     return finish(session.manifest, volume, labels, num_windows=counter.total, clock=clock)
 
 
 def fill(
     session: Network,
-    prepared: Prepared,
+    source: Source,
     target: Grid,
     labels: NDArray[np.uint8],
     *,
     counter: Counter,
     clock: Clock,
+    windows: Windows | None = None,
+    num_blocks: int = 1,
     watch: Watch | None = None,
 ) -> None:
-    """Label a grid by the sliding windows of a prepared volume.
+    """Label a grid by the sliding windows of a volume as network input.
 
     Args:
         session: The network.
-        prepared: Its input.
+        source: Its input.
         target: The grid to label; its axes are parallel to the input's.
         labels: (I, J, K) on `target`, written; may be a view.
-        counter: Of the windows.
-        clock: Takes the stages `infer` and `resample`.
-        watch: Shown every slab of blended logits.
+        counter: Of the windows; its total is set.
+        clock: Takes the stages `infer` and `resample`, and `uncertainty` where `watch` is given.
+        windows: As in `segment`.
+        num_blocks: As in `segment`.
+        watch: Shown all blended logits, each voxel once.
     """
-    resampler = PlaneResampler(prepared.grid, target, labels)
-    slabs = blended_slabs(session, prepared, counter)
-    while True:
-        with clock.stage("infer"):
-            slab = next(slabs, None)
-        if slab is None:
-            break
-        with clock.stage("resample"):
-            resampler.add(slab)
-        if watch is not None:
-            with clock.stage("uncertainty"):
-                watch(slab)
+    windows = windows or serving_windows(session.manifest)
+    parts = blocks(source.grid, target, num_blocks)
+    layouts = [Layout.of(source.grid.shape, windows, part.source) for part in parts]
+    counter.total = sum(layout.num_windows for layout in layouts)
+    num_watched = 0  # columns along J'; blocks overlap there
+    for part in parts:
+        resampler = PlaneResampler(
+            columns_of(source.grid, part.source),
+            columns_of(target, part.target),
+            labels[:, part.target],
+        )
+        slabs = blended_slabs(
+            session,
+            source,
+            counter,
+            windows=windows,
+            columns=part.source,
+            release_memory=part is parts[-1],
+        )
+        while True:
+            with clock.stage("infer"):
+                slab = next(slabs, None)
+            if slab is None:
+                break
+            with clock.stage("resample"):
+                resampler.add(slab)
+            if watch is not None:
+                with clock.stage("uncertainty"):
+                    fresh = slab.logits[:, :, num_watched - part.source.start :]
+                    watch(fresh, num_watched, slab.first)
+        num_watched = part.source.stop
 
 
 def finish(

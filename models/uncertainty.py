@@ -64,18 +64,19 @@ class EntropyMeter:
         self._counts = np.zeros(len(self._names) + 1, dtype=np.int64)
         self._map = np.zeros(shape, dtype=np.uint8) if shape is not None else None
 
-    def add(self, logits: Float32Array, first: int = 0) -> None:
-        """Take planes (C, I', J', planes) of which the first is plane `first` along K'."""
-        planes = slice(first, first + logits.shape[-1])
+    def add(self, logits: Float32Array, column: int = 0, plane: int = 0) -> None:
+        """Take logits (C, I', columns, planes) that begin at a column of J' and a plane of K'."""
+        columns = slice(column, column + logits.shape[2])
+        planes = slice(plane, plane + logits.shape[3])
         num = len(self._sums)
         rows = max(1, _CHUNK_VOXELS // (logits.shape[2] * logits.shape[3]))
         for i in range(0, logits.shape[1], rows):
-            here = logits[:, i : i + rows]  # (C, rows, J', planes)
+            here = logits[:, i : i + rows]  # (C, rows, columns, planes)
             classes = here.argmax(axis=0)
             found = classes > 0
             if self._map is not None:
                 values = entropy(here)
-                self._map[i : i + rows, :, planes] = np.rint(255 * values)
+                self._map[i : i + rows, columns, planes] = np.rint(255 * values)
                 values = values[found]
             else:  # background is most of a scan, and nobody asks how sure it is
                 values = entropy(here[:, found])

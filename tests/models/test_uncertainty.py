@@ -39,7 +39,7 @@ def test_means_over_slabs_are_those_over_the_whole(with_map):
     meter = EntropyMeter(["a", "b"], (6, 5, 9) if with_map else None)
 
     for first, stop in ((0, 4), (4, 5), (5, 9)):
-        meter.add(logits[..., first:stop], first)
+        meter.add(logits[..., first:stop], plane=first)
 
     found = meter.result()
     assert found.mean_foreground_entropy == pytest.approx(values[winner > 0].mean(), rel=1e-5)
