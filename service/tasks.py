@@ -23,12 +23,14 @@ from celery import shared_task
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
-from models import predict
+from models import cascade, predict
+from models.cascade import Case
 from models.session import OnnxSession, SessionCache, open_session
-from service import results, runs, volumes
+from service import entropy_map, results, runs, volumes
 from service.db import RunKind, RunState
 from service.db import Volume as VolumeRow
 from service.embeddings import NewEmbedding
+from service.entropy_map import StoredMap
 from service.lease import Keeper
 from service.results import INTENDED_USE
 from service.runs import Lease, NewArtifact
@@ -64,11 +66,20 @@ def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
 def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None:
     began = time.monotonic()
     model = _model(worker, lease)
+    coarse = _coarse_model(worker, lease, model)
     opened_s = time.monotonic() - began
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
-    found = predict.segment(
-        model, scan, progress=_progress(worker, lease), should_stop=keeper.should_stop
+    flips = tuple(lease.spec.get("flips", ()))
+    case = cascade.segment_case(
+        model,
+        scan,
+        coarse=coarse,
+        flips=flips,
+        wants_map=bool(lease.spec.get("uncertainty")),
+        progress=_progress(worker, lease),
+        should_stop=keeper.should_stop,
     )
+    found = case.segmentation
     source = _source(row)
     mask = np.ascontiguousarray(on_source_grid(found.labels, source))
     with tempfile.TemporaryDirectory(dir=worker.store.tmp) as folder:
@@ -84,6 +95,11 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
                 mask=mask,
                 found=found,
             )
+            entropies = None
+            if case.entropy_map is not None:
+                entropies = entropy_map.publish(
+                    worker.store, Path(folder), case.entropy_map, source
+                )
         except GeometryError as error:
             _fail(worker, lease, "geometry_not_certified", str(error))
             return
@@ -93,6 +109,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         files = [
             *published.artifacts,
             NewArtifact("preview.png", *worker.store.put_file(preview_path), "image/png"),
+            *([entropies.artifact] if entropies is not None else []),
         ]
     names = model.manifest.labels
     result = {
@@ -112,6 +129,8 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         "removed_voxels": found.removed_voxels,
         "filled_voxels": found.filled_voxels,
         "num_windows": found.num_windows,
+        "flips": list(flips),
+        **_looks(model, case, entropies),
         **published.result,
         "timings_s": {
             "model": opened_s,
@@ -186,6 +205,40 @@ def _model(worker: Worker, lease: Lease) -> OnnxSession:
             digest=digest,
         ),
     )
+
+
+def _coarse_model(worker: Worker, lease: Lease, model: OnnxSession) -> OnnxSession | None:
+    """The network that finds the organ, where the bundle brings one; it stays loaded too."""
+    spec = model.manifest.cascade
+    if spec is None or spec.coarse is None:
+        return None
+    settings = worker.settings
+    return _sessions_of(settings.session_cache_bytes).get(
+        f"{model.digest}/coarse",
+        lambda: open_session(
+            worker.store.bundle_dir(model.digest),
+            device=device_of(settings),
+            num_threads=settings.inference_threads,
+            digest=model.digest,
+            part="coarse",
+        ),
+    )
+
+
+def _looks(model: OnnxSession, case: Case, entropies: StoredMap | None) -> dict[str, Any]:
+    """How the scan was looked at, and how sure the model was."""
+    quality = model.manifest.quality
+    return {
+        "cascade": asdict(case.cascade) if case.cascade is not None else None,
+        "uncertainty": {
+            **asdict(case.uncertainty),
+            "map": entropies.line if entropies is not None else None,
+        },
+        "quality": {
+            **asdict(case.quality),
+            "max_foreground_entropy": quality.max_foreground_entropy if quality else None,
+        },
+    }
 
 
 def _provenance(lease: Lease, model: OnnxSession) -> dict[str, Any]:
