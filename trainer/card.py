@@ -70,8 +70,9 @@ def _quality_lines(manifest: Manifest) -> list[str]:
     if isinstance(recipe, FinetuneRecipe) and recipe.crop is not None:
         around = ", ".join(recipe.crop.labels or recipe.targets)
         lines.append(
-            f"- Trained and measured on the box of {around} with {recipe.crop.margin_voxels} voxels "
-            "on each side, where the truth has it: to be served behind a model that finds it."
+            f"- Trained and measured on the box of {around} with {recipe.crop.margin_voxels} "
+            "voxels on each side, where the truth has it: to be served behind a model that finds "
+            "it (a cascade)."
         )
     if quality is not None:
         lines.append(

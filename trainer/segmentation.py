@@ -128,7 +128,7 @@ class Segmentation:
         return {**metrics, "dice_mean": {"value": overall, "n": len(by_case), "split": split}}
 
     def _dice(self, case: LabelledCase) -> tuple[list[float], float | None]:
-        """One value a label or region, NaN where the case has none of it; mean entropy of labels."""
+        """Of each label or region, NaN where the case has none of it; mean entropy of labels."""
         recipe, patch, shape = self._recipe, self._recipe.patch_size, case.labels.shape
         # Padded here, not by MONAI: each channel has an air of its own.
         padded = [pad(c.image.astype(np.float32), patch, c.background) for c in case.channels]
