@@ -8,6 +8,7 @@ B batch, E embedding, I J K voxels.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.volume import Volume
+from models import preflight
 from models.blend import (
     Counter,
     PlaneResampler,
@@ -32,6 +34,7 @@ from models.blend import (
 )
 from models.bundle import BundleError, serving_windows, volume_input
 from models.postprocess import Cleaned, Lesions, clean, lesions
+from models.preflight import Preflight
 from models.preprocess import preparation, prepare
 from models.rolling import Layout
 from models.session import OnnxSession
@@ -60,6 +63,8 @@ class Segmentation:
     removed_voxels: dict[str, int] = field(default_factory=dict)
     filled_voxels: dict[str, int] = field(default_factory=dict)
     """What the clean-up took from and gave to each label; empty where there was none."""
+    preflight: Preflight | None = None
+    """The plan that it followed, if it had one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ def segment(
     should_stop: Callable[[], bool] | None = None,
     windows: Windows | None = None,
     num_blocks: int = 1,
+    plan: Preflight | None = None,
 ) -> Segmentation:
     """Label every voxel of a volume.
 
@@ -97,6 +103,8 @@ def segment(
         windows: Their size, overlap and batch; the model's own if None.
         num_blocks: Parts in which columns are taken, one after the other: less memory, more time,
             the same labels.
+        plan: Windows and blocks instead of these, chosen by `models.preflight` so that memory
+            suffices; comes back in the result.
 
     Raises:
         BundleError: `wrong_model_kind`, or what `OnnxSession.run` raises.
@@ -110,6 +118,8 @@ def segment(
     with clock.stage("preprocess"):
         source = preparation(volume, spec)
     labels = np.zeros(volume.shape, dtype=np.uint8)
+    if plan is not None:
+        windows, num_blocks = plan.windows, plan.num_blocks
     windows = windows or serving_windows(session.manifest)
     parts = blocks(source.grid, volume.grid, num_blocks)
     layouts = [Layout.of(source.grid.shape, windows, part.source) for part in parts]
@@ -135,6 +145,8 @@ def segment(
                 break
             with clock.stage("resample"):
                 resampler.add(slab)
+    if plan is not None:
+        preflight.learn(session, counter.total * math.prod(windows.size), clock.spent("infer"))
 
     asked = session.manifest.postprocess
     cleaned = Cleaned(labels, {}, {})
@@ -159,6 +171,7 @@ def segment(
         lesions=counted,
         removed_voxels=cleaned.removed_voxels,
         filled_voxels=cleaned.filled_voxels,
+        preflight=plan,
     )
 
 
@@ -231,6 +244,9 @@ class _Clock:
             yield
         finally:
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - begin
+
+    def spent(self, name: str) -> float:
+        return self._spent.get(name, 0.0)
 
     def timings_s(self) -> dict[str, float]:
         total = time.perf_counter() - self._started

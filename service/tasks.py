@@ -23,7 +23,7 @@ from celery import shared_task
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
-from models import predict
+from models import predict, preflight
 from models.session import OnnxSession, SessionCache, open_session
 from service import results, runs, volumes
 from service.db import RunKind, RunState
@@ -66,8 +66,11 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
     model = _model(worker, lease)
     opened_s = time.monotonic() - began
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
+    left = preflight.available_bytes(worker.settings.inference_memory_bytes)
+    plan = preflight.plan(model, scan, available_bytes=left)
+    _say(worker, lease, f"the segmentation {plan}")
     found = predict.segment(
-        model, scan, progress=_progress(worker, lease), should_stop=keeper.should_stop
+        model, scan, progress=_progress(worker, lease), should_stop=keeper.should_stop, plan=plan
     )
     source = _source(row)
     mask = np.ascontiguousarray(on_source_grid(found.labels, source))
@@ -112,6 +115,12 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         "removed_voxels": found.removed_voxels,
         "filled_voxels": found.filled_voxels,
         "num_windows": found.num_windows,
+        "preflight": {
+            "predicted_bytes": plan.predicted_bytes,
+            "available_bytes": plan.available_bytes,
+            "predicted_s": plan.predicted_s,
+            "degraded": list(plan.degraded),
+        },
         **published.result,
         "timings_s": {
             "model": opened_s,
@@ -200,6 +209,12 @@ def _provenance(lease: Lease, model: OnnxSession) -> dict[str, Any]:
 def _source(row: VolumeRow) -> Grid:
     i, j, k = row.source_shape
     return Grid((i, j, k), np.array(row.source_affine, dtype=np.float64))
+
+
+def _say(worker: Worker, lease: Lease, message: str) -> None:
+    """A line in the run's events."""
+    with worker.sessions() as session:
+        runs.record(session, lease, "log", {"level": "info", "message": message})
 
 
 def _progress(worker: Worker, lease: Lease) -> Callable[[int, int], None]:
