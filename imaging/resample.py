@@ -22,7 +22,8 @@ from scipy.sparse import csr_array
 from imaging.volume import Array, Grid, Shape, Spacing, spacing_of
 
 Weights = csr_array[Any, Any]
-_SLAB_BYTES = 16 << 20
+SLAB_BYTES = 16 << 20
+"""Of a slab that is worked on at a time."""
 _PLANES_AT_ONCE = 16
 """Planes that are brought into Fortran order together: a cache line of int16 holds 32 of them."""
 
@@ -109,7 +110,7 @@ class LinearPlanes:
         num_i, num_j = self.along_i.shape[0], along_j.shape[0]
         planes = np.empty((stop - first, num_i, num_j), dtype=np.float32)
         per_plane = max(self.along_k.shape[1] // max(self.along_k.shape[0], 1), 1)
-        thickness = max(1, _SLAB_BYTES // (4 * num_i * num_j * per_plane))
+        thickness = max(1, SLAB_BYTES // (4 * num_i * num_j * per_plane))
         for start in range(first, stop, thickness):
             end = min(start + thickness, stop)
             rows = self.along_k[start:end]
@@ -160,7 +161,7 @@ def argmax_on_grid(logits: Array, source: Grid, target: Grid) -> NDArray[np.uint
             labels[logits[c] > best] = c
             np.maximum(best, logits[c], out=best)
         return labels
-    thickness = max(1, _SLAB_BYTES // (4 * target.shape[0] * target.shape[1]))
+    thickness = max(1, SLAB_BYTES // (4 * target.shape[0] * target.shape[1]))
     for start in range(0, target.shape[2], thickness):
         rows = along_k[start : start + thickness]
         first, last = int(rows.indices.min()), int(rows.indices.max())

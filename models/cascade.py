@@ -13,6 +13,7 @@ C classes, I J K voxels; a prime (I' J' K') is the network's grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from imaging.resample import resampled_grid
 from imaging.volume import Grid, Shape, Volume
-from models import box
+from models import box, preflight
 from models.blend import Counter, Network, Progress
 from models.box import Box
 from models.bundle import (
@@ -36,8 +37,10 @@ from models.bundle import (
 from models.flips import Axis, with_flips
 from models.postprocess import keep_largest
 from models.predict import Clock, Segmentation, fill, finish, require_segmenter
+from models.preflight import Preflight
 from models.preprocess import preparation
-from models.tiling import Windows, window_starts
+from models.session import OnnxSession
+from models.tiling import window_starts
 from models.uncertainty import EntropyMeter, Judgement, Uncertainty, judged
 
 Float32Array = NDArray[np.float32]
@@ -89,14 +92,13 @@ class _Found:
 
 
 def segment_case(
-    session: Network,
+    session: OnnxSession,
     volume: Volume,
     *,
-    coarse: Network | None = None,
+    coarse: OnnxSession | None = None,
     flips: Sequence[Axis] = (),
     wants_map: bool = False,
-    windows: Windows | None = None,
-    num_blocks: int = 1,
+    plan: Preflight | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Case:
@@ -111,8 +113,7 @@ def segment_case(
         coarse: The open coarse network, of a cascade of two.
         flips: Axes of the fine pass's mirror images (`models.flips`); 2, 4 or 8 times the work.
         wants_map: Keep a map of the entropy.
-        windows: Of the fine pass; the model's own if None.
-        num_blocks: Of the fine pass; see `models.predict.segment`.
+        plan: How to do the fine pass, from `models.preflight.plan` of the whole scan.
         progress: Told after every batch; what is left to do shrinks when the organ is found.
         should_stop: Asked before every batch, in both passes.
 
@@ -123,7 +124,7 @@ def segment_case(
     manifest = session.manifest
     require_segmenter(manifest)
     spec, _ = volume_input(manifest)
-    windows = windows or serving_windows(manifest)
+    windows = plan.windows if plan is not None else serving_windows(manifest)
     clock = Clock()
     num_views = 2 ** len(flips)
     grid = resampled_grid(volume.grid, spec.spacing_mm)
@@ -158,17 +159,21 @@ def segment_case(
         counter=counter,
         clock=clock,
         windows=windows,
-        num_blocks=num_blocks,
+        num_blocks=plan.num_blocks if plan is not None else 1,
         watch=meter.add,
     )
+    num_fine = num_views * counter.total
+    if plan is not None:
+        preflight.learn(session, num_fine * math.prod(windows.size), clock.spent("infer"))
     entropy_map = None
     if wants_map:
         with clock.stage("uncertainty"):
             entropy_map = np.zeros(volume.shape, dtype=np.uint8)
             entropy_map[seen.slices] = meter.map_on(source.grid, target)
-    num_fine = num_views * counter.total
     is_cut = box.touches(labels[seen.slices], seen, volume.shape)
-    segmentation = finish(manifest, volume, labels, num_windows=num_coarse + num_fine, clock=clock)
+    segmentation = finish(
+        manifest, volume, labels, num_windows=num_coarse + num_fine, clock=clock, plan=plan
+    )
     passes = None
     if found is not None:
         assert manifest.cascade is not None

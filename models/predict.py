@@ -8,6 +8,7 @@ B batch, E embedding, I J K voxels.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.volume import Grid, Volume
+from models import preflight
 from models.blend import (
     Counter,
     Network,
@@ -33,6 +35,7 @@ from models.blend import (
 )
 from models.bundle import BundleError, Manifest, serving_windows, volume_input
 from models.postprocess import Cleaned, Lesions, clean, lesions
+from models.preflight import Preflight
 from models.preprocess import preparation, prepare
 from models.rolling import Layout, Source
 from models.session import OnnxSession
@@ -63,6 +66,8 @@ class Segmentation:
     removed_voxels: dict[str, int] = field(default_factory=dict)
     filled_voxels: dict[str, int] = field(default_factory=dict)
     """What the clean-up took from and gave to each label; empty where there was none."""
+    preflight: Preflight | None = None
+    """The plan that it followed, if it had one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,7 @@ def segment(
     should_stop: Callable[[], bool] | None = None,
     windows: Windows | None = None,
     num_blocks: int = 1,
+    plan: Preflight | None = None,
 ) -> Segmentation:
     """Label every voxel of a volume.
 
@@ -100,6 +106,8 @@ def segment(
         windows: Their size, overlap and batch; the model's own if None.
         num_blocks: Parts in which columns are taken, one after the other: less memory, more time,
             the same labels.
+        plan: Windows and blocks instead of these, chosen by `models.preflight` so that memory
+            suffices; comes back in the result.
 
     Raises:
         BundleError: `wrong_model_kind`, or what `OnnxSession.run` raises.
@@ -111,6 +119,9 @@ def segment(
     with clock.stage("preprocess"):
         source = preparation(volume, spec)
     labels = np.zeros(volume.shape, dtype=np.uint8)
+    if plan is not None:
+        windows, num_blocks = plan.windows, plan.num_blocks
+    windows = windows or serving_windows(session.manifest)
     counter = Counter(progress, should_stop)
     fill(
         session,
@@ -122,7 +133,11 @@ def segment(
         windows=windows,
         num_blocks=num_blocks,
     )
-    return finish(session.manifest, volume, labels, num_windows=counter.total, clock=clock)
+    if plan is not None:
+        preflight.learn(session, counter.total * math.prod(windows.size), clock.spent("infer"))
+    return finish(
+        session.manifest, volume, labels, num_windows=counter.total, clock=clock, plan=plan
+    )
 
 
 def fill(
@@ -190,6 +205,7 @@ def finish(
     *,
     num_windows: int,
     clock: Clock,
+    plan: Preflight | None = None,
 ) -> Segmentation:
     """What a labelled grid amounts to, after the clean-up that the manifest asks for."""
     names, asked = manifest.labels, manifest.postprocess
@@ -215,6 +231,7 @@ def finish(
         lesions=counted,
         removed_voxels=cleaned.removed_voxels,
         filled_voxels=cleaned.filled_voxels,
+        preflight=plan,
     )
 
 
@@ -288,6 +305,10 @@ class Clock:
             yield
         finally:
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - begin
+
+    def spent(self, name: str) -> float:
+        """Seconds in a stage so far."""
+        return self._spent.get(name, 0.0)
 
     def timings_s(self) -> dict[str, float]:
         """Each stage, and `total` since the clock was made."""

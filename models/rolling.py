@@ -20,6 +20,8 @@ from models.tiling import Windows, axis_starts, margins
 
 Float32Array = NDArray[np.float32]
 InPlane = tuple[int, int]
+PLANES_AT_ONCE = 16
+"""Planes that are prepared in one go."""
 
 
 class Source(Protocol):
@@ -130,10 +132,12 @@ class RollingInput:
         before_i, before_j = self._layout.before[:2]
         begin = self._layout.span[1].start - before_j
         columns = slice(max(begin, 0), min(self._layout.span[1].stop - before_j, num_j))
-        to_k = slice(low + before_k - first, high + before_k - first)
+        to_i = slice(before_i, before_i + num_i)
         to_j = slice(columns.start - begin, columns.stop - begin)
-        planes = self._source.planes(low, high, columns)
-        self._held[to_k, before_i : before_i + num_i, to_j] = planes
+        for start in range(low, high, PLANES_AT_ONCE):
+            stop = min(start + PLANES_AT_ONCE, high)
+            to_k = slice(start + before_k - first, stop + before_k - first)
+            self._held[to_k, to_i, to_j] = self._source.planes(start, stop, columns)
 
     def window(self, place: InPlane) -> Float32Array:
         """A view of one window, (I, J, K)."""

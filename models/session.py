@@ -278,6 +278,9 @@ def _session_options(num_threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
+    # A plan of the memory is kept for each shape of input beside what the arena holds: nearly twice
+    # the memory, and no faster (docs/performance.md).
+    options.enable_mem_pattern = False
     options.log_severity_level = 3  # errors; a missing CUDA is ours to report
     # Spinning threads burn the cores that training and other workers want.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -23,7 +23,7 @@ from celery import shared_task
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
-from models import cascade, predict
+from models import cascade, predict, preflight
 from models.cascade import Case
 from models.session import OnnxSession, SessionCache, open_session
 from service import entropy_map, results, runs, volumes
@@ -40,6 +40,8 @@ from service.worker import Worker, this_worker, work_through
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
+MAP_BYTES = 3
+"""A voxel of the scan: the map of the entropy at both spacings, and its way to the file."""
 
 
 @shared_task(name="service.infer", ignore_result=True)  # type: ignore[untyped-decorator]  # Celery
@@ -70,12 +72,19 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
     opened_s = time.monotonic() - began
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
     flips = tuple(lease.spec.get("flips", ()))
+    wants_map = bool(lease.spec.get("uncertainty"))
+    left = preflight.available_bytes(worker.settings.inference_memory_bytes)
+    if left is not None and wants_map:
+        left = max(left - MAP_BYTES * scan.voxels.size, 0)
+    plan = preflight.plan(model, scan, available_bytes=left)
+    _say(worker, lease, f"the segmentation {plan}")
     case = cascade.segment_case(
         model,
         scan,
         coarse=coarse,
         flips=flips,
-        wants_map=bool(lease.spec.get("uncertainty")),
+        wants_map=wants_map,
+        plan=plan,
         progress=_progress(worker, lease),
         should_stop=keeper.should_stop,
     )
@@ -131,6 +140,12 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         "num_windows": found.num_windows,
         "flips": list(flips),
         **_looks(model, case, entropies),
+        "preflight": {
+            "predicted_bytes": plan.predicted_bytes,
+            "available_bytes": plan.available_bytes,
+            "predicted_s": plan.predicted_s,
+            "degraded": list(plan.degraded),
+        },
         **published.result,
         "timings_s": {
             "model": opened_s,
@@ -253,6 +268,12 @@ def _provenance(lease: Lease, model: OnnxSession) -> dict[str, Any]:
 def _source(row: VolumeRow) -> Grid:
     i, j, k = row.source_shape
     return Grid((i, j, k), np.array(row.source_affine, dtype=np.float64))
+
+
+def _say(worker: Worker, lease: Lease, message: str) -> None:
+    """A line in the run's events."""
+    with worker.sessions() as session:
+        runs.record(session, lease, "log", {"level": "info", "message": message})
 
 
 def _progress(worker: Worker, lease: Lease) -> Callable[[int, int], None]:

@@ -219,6 +219,17 @@ class NotMade(Answer):
     detail: str
 
 
+class Preflight(Answer):
+    """What the segmentation was expected to take, before it began."""
+
+    predicted_bytes: int = Field(description="Memory beside the loaded model; an upper bound.")
+    available_bytes: int | None = Field(description="Null where nothing told.")
+    predicted_s: float
+    degraded: tuple[Literal["smaller_batch", "column_blocks"], ...] = Field(
+        (), description="What was given up so that it fits; the labels are the same."
+    )
+
+
 class SegmentationResult(Answer):
     """What was found; the mask and the preview are files of their own."""
 
@@ -246,6 +257,7 @@ class SegmentationResult(Answer):
     )
     uncertainty: Uncertainty | None = None
     quality: QualityFlag | None = None
+    preflight: Preflight | None = None
     provider: str | None = Field(None, description="Of onnxruntime, as it really was.")
     certificate: Certificate | None = Field(None, description="Of the NIfTI mask.")
     files: tuple[ResultFile, ...] = ()

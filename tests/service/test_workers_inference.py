@@ -139,10 +139,14 @@ def test_scans_become_a_model_and_the_model_a_certified_mask(settings, sessions,
     assert [label["name"] for label in first.result["labels"]] == ["liver", "tumour"]
     assert first.result["bundle_digest"] == version.digest
     assert first.result["certificate"]["shape"] == scan.source_shape
+    told = first.result["preflight"]
+    assert 0 < told["predicted_bytes"] < told["available_bytes"] and told["degraded"] == []
     with sessions() as session:
         mask = runs.artifact(session, first.id, "mask.nii.gz")
         assert runs.artifact(session, first.id, "preview.png").media_type == "image/png"
         assert runs.artifact(session, second.id, "mask.nii.gz").sha256 == mask.sha256
+        logged = [e.data for e in runs.events_after(session, first.id) if e.type == "log"]
+    assert logged[0]["message"].startswith("the segmentation needs 0.")
     path = tmp_path / "mask.nii.gz"
     path.write_bytes(store.verify(mask.sha256).read_bytes())
     found, grid = nifti.read(path)
