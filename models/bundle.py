@@ -1,8 +1,8 @@
 """A model on disk: a folder with the network, a manifest and a card.
 
 The files are `model.onnx`, `manifest.json`, `card.md`, for models trained here
-`weights.safetensors` (what fine-tuning starts from), and for a cascade of two networks
-`coarse.onnx` (what finds the organ).
+`weights.safetensors` (what fine-tuning starts from) and perhaps `model.float16.onnx`, and for a
+cascade of two networks `coarse.onnx` (what finds the organ).
 
 The manifest names the SHA-256 of every other file, and the bundle's digest is the manifest's own
 SHA-256, so one hash pins everything. A bundle is written to a temporary folder and renamed.
@@ -35,6 +35,8 @@ from models.tiling import Windows
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 COARSE = "coarse.onnx"
+MODEL_FLOAT16 = "model.float16.onnx"
+"""The same network with float16 inside; its inputs and outputs stay float32."""
 WEIGHTS = "weights.safetensors"
 CARD = "card.md"
 
@@ -66,6 +68,8 @@ class Parity(Part):
     tolerance: float
     argmax_agreement: float | None = None
     embedding_cosine: float | None = None
+    precision: Literal["float32", "float16"] = "float32"
+    """Of the network that onnxruntime ran; torch's is float32."""
     passed: bool
 
 

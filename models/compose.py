@@ -78,7 +78,7 @@ def compose(
             preprocessing=spec,
             patch_size=patch,
             overlap=finder.overlap,
-            parity=finder.parity,
+            parity=tuple(one for one in finder.parity if one.precision == "float32"),
         )
     try:
         cascade = Cascade(
@@ -95,16 +95,14 @@ def compose(
         )
     except ValidationError as error:
         raise ValueError("; ".join(found["msg"] for found in error.errors())) from error
-    model = with_metadata(
-        verified_model(fine, manifest), {"cascade": bundle.onnx_metadata(made)["cascade"]}
-    )
+    facts = {"cascade": bundle.onnx_metadata(made)["cascade"]}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".compose-", dir=out.parent) as scratch:
-        files = {
-            name: fine / name for name in manifest.files if name not in (bundle.CARD, bundle.MODEL)
-        }
-        files[bundle.MODEL] = Path(scratch) / bundle.MODEL
-        files[bundle.MODEL].write_bytes(model)
+        files = {name: fine / name for name in manifest.files if name != bundle.CARD}
+        for name in (bundle.MODEL, bundle.MODEL_FLOAT16):
+            if name in files:
+                files[name] = Path(scratch) / name
+                files[name].write_bytes(with_metadata(verified_model(fine, manifest, name), facts))
         if coarse is not None:
             files[bundle.COARSE] = Path(scratch) / bundle.COARSE
             files[bundle.COARSE].write_bytes(verified_model(coarse, finder))
