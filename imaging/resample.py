@@ -12,6 +12,7 @@ Axes: C classes, I J K voxels; a prime (I' J' K') is the target. Memory is bound
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,10 @@ from scipy.sparse import csr_array
 from imaging.volume import Array, Grid, Shape, Spacing, spacing_of
 
 Weights = csr_array[Any, Any]
-_SLAB_BYTES = 64 << 20
+SLAB_BYTES = 16 << 20
+"""Of a slab that is worked on at a time."""
+_PLANES_AT_ONCE = 16
+"""Planes that are brought into Fortran order together: a cache line of int16 holds 32 of them."""
 
 
 def resampled_grid(grid: Grid, spacing_mm: Spacing) -> Grid:
@@ -69,6 +73,70 @@ def resample(voxels: Array, source: Grid, target: Grid, *, order: Literal[0, 1])
     return _apply(voxels, _weights(coordinates, source.shape))
 
 
+@dataclass(frozen=True, slots=True)
+class LinearPlanes:
+    """A volume on another grid, of which planes along K' are made as they are asked for.
+
+    Weighted along J, I and K in this order, plane by plane as a file stores them, so that neither
+    the whole source nor the whole target is ever held in floating point.
+    """
+
+    voxels: Array
+    """(I, J, K), any integer or floating type, perhaps a memory map."""
+    along_i: Weights
+    along_j: Weights
+    along_k: Weights
+
+    @classmethod
+    def of(cls, voxels: Array, source: Grid, target: Grid) -> LinearPlanes:
+        """Prepare to read; see `resample` of order 1.
+
+        Raises:
+            ValueError: The axes are not parallel, or the voxels do not have the source's shape.
+        """
+        if voxels.shape != source.shape:
+            raise ValueError(f"voxels are {voxels.shape}, their grid {source.shape}")
+        return cls(voxels, *_weights(_coordinates(source, target), source.shape))
+
+    def read(self, first: int, stop: int, columns: slice = slice(None)) -> NDArray[np.float32]:
+        """Planes `first` to `stop` along K', of them the columns along J'.
+
+        Returns:
+            (stop - first, I', J').
+        """
+        along_j = self.along_j[columns]
+        left, right = int(along_j.indices.min()), int(along_j.indices.max()) + 1
+        along_j = along_j[:, left:right]
+        num_i, num_j = self.along_i.shape[0], along_j.shape[0]
+        planes = np.empty((stop - first, num_i, num_j), dtype=np.float32)
+        per_plane = max(self.along_k.shape[1] // max(self.along_k.shape[0], 1), 1)
+        thickness = max(1, SLAB_BYTES // (4 * num_i * num_j * per_plane))
+        for start in range(first, stop, thickness):
+            end = min(start + thickness, stop)
+            rows = self.along_k[start:end]
+            low, high = int(rows.indices.min()), int(rows.indices.max()) + 1
+            in_plane = self._in_plane(low, high, along_j, slice(left, right))
+            flat = rows[:, low:high] @ in_plane.reshape(high - low, -1)
+            planes[start - first : end - first] = flat.reshape(end - start, num_i, num_j)
+        return planes
+
+    def _in_plane(
+        self, low: int, high: int, along_j: Weights, columns: slice
+    ) -> NDArray[np.float32]:
+        """Source planes low to high, resampled along J and I: (high - low, I', J')."""
+        made = np.empty((high - low, self.along_i.shape[0], along_j.shape[0]), dtype=np.float32)
+        for start in range(low, high, _PLANES_AT_ONCE):
+            stop = min(start + _PLANES_AT_ONCE, high)
+            part = self.voxels[:, columns, start:stop]
+            if part.strides[0] != part.itemsize:
+                part = np.asfortranarray(part)
+            for k in range(start, stop):
+                plane = np.asarray(part[:, :, k - start].T, dtype=np.float32, order="C")  # (J, I)
+                by_j = along_j @ plane  # (J', I)
+                made[k - low] = self.along_i @ np.ascontiguousarray(by_j.T)
+        return made
+
+
 def argmax_on_grid(logits: Array, source: Grid, target: Grid) -> NDArray[np.uint8]:
     """The strongest class of each target voxel, from linearly resampled logits.
 
@@ -87,7 +155,13 @@ def argmax_on_grid(logits: Array, source: Grid, target: Grid) -> NDArray[np.uint
         raise ValueError(f"logits are {logits.shape}, their grid {source.shape}")
     along_i, along_j, along_k = _weights(_coordinates(source, target), source.shape)
     labels = np.zeros(target.shape, dtype=np.uint8)
-    thickness = max(1, _SLAB_BYTES // (4 * target.shape[0] * target.shape[1]))
+    if all(_is_identity(weights) for weights in (along_i, along_j, along_k)):
+        best = np.array(logits[0])
+        for c in range(1, len(logits)):
+            labels[logits[c] > best] = c
+            np.maximum(best, logits[c], out=best)
+        return labels
+    thickness = max(1, SLAB_BYTES // (4 * target.shape[0] * target.shape[1]))
     for start in range(0, target.shape[2], thickness):
         rows = along_k[start : start + thickness]
         first, last = int(rows.indices.min()), int(rows.indices.max())
@@ -142,6 +216,16 @@ def _axis_weights(x: NDArray[np.float64], scale: float, num_source: int) -> Weig
     full.sum_duplicates()
     full.eliminate_zeros()
     return full.astype(np.float32)
+
+
+def _is_identity(weights: Weights) -> bool:
+    """Whether every target voxel is the source voxel of the same index."""
+    num_target, num_source = weights.shape
+    return (
+        num_target == num_source
+        and weights.nnz == num_target
+        and bool((weights.indices == np.arange(num_target)).all())
+    )
 
 
 def _hat_integral(t: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
 """Blend a network's windows over a volume, and bring the blend to another grid, in slabs along K.
 
-Windows are taken in layers along K. Logits are summed in a slab one window thick that rolls along
-K; planes that no later window touches are normalised and handed on at once. So memory does not
-grow with the number of classes times the volume's resolution.
+Windows are taken in layers along K. Input is prepared, and logits are summed, in slabs one window
+thick that roll along K; planes that no later window touches are normalised and handed on at once.
+So memory does not grow with the number of classes times the volume's resolution. Where even a slab
+is too much, columns along J are taken one block after the other (`blocks`).
 
 B batch, C classes, I J K voxels; a prime (I' J' K') is the network's grid.
 """
@@ -12,143 +13,193 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TypeVar
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imaging.resample import argmax_on_grid
 from imaging.volume import Grid, Shape
-from models.bundle import BundleError, volume_input
-from models.preprocess import Prepared
-from models.session import OnnxSession
-from models.tiling import gaussian_weights, margins, pad, window_starts
+from models.bundle import BundleError, Manifest, serving_windows
+from models.rolling import InPlane, Layout, RollingInput, Source
+from models.tiling import Windows, gaussian_weights
 
 Float32Array = NDArray[np.float32]
-Starts = tuple[int, int, int]
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with the number of windows done and of windows in all."""
 
 BATCH_VOXELS = 1 << 20
 """Input voxels in a batch; a patch of 96 cubed goes alone, small ones together."""
+PIECE_BYTES = 48 << 20
+"""Logits that are resampled at a time."""
 
 
 class Stopped(Exception):  # noqa: N818 - an outcome that the caller asked for, no error
     """`should_stop` turned true."""
 
 
+class Network(Protocol):
+    """What windows go through: a `models.session.OnnxSession`, or something around one."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """How it wants its input, and what it gives."""
+
+    def run(self, batch: Float32Array, *, release_memory: bool = False) -> Float32Array:
+        """Logits (B, C, I, J, K) of windows (B, 1, I, J, K)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Finished planes of blended logits."""
+    """Finished planes of blended logits; theirs until the next slab is asked for."""
 
     first: int
     """Their first plane along K'."""
     logits: Float32Array
-    """(C, I', J', planes)."""
+    """(C, I', J', planes), of J' the columns asked for."""
 
 
-def blended_slabs(session: OnnxSession, prepared: Prepared, counter: Counter) -> Iterator[Slab]:
-    """Blended logits of a prepared volume, in ascending slabs that cover it without gap or overlap.
+def blended_slabs(
+    session: Network,
+    source: Source,
+    counter: Counter,
+    *,
+    windows: Windows | None = None,
+    columns: slice | None = None,
+    release_memory: bool = True,
+) -> Iterator[Slab]:
+    """Blended logits of a volume, in ascending slabs that cover it without gap or overlap.
 
     blend = sum over windows of weight * logits / sum over windows of weight
-    """
-    manifest = session.manifest
-    _, patch = volume_input(manifest)
-    num_classes = 1 + len(manifest.labels)
-    padded = pad(prepared.array, patch, prepared.background)
-    inside_i, inside_j, inside_k = (
-        slice(before, before + size)
-        for (before, _), size in zip(
-            margins(shape_of(prepared.array), patch), prepared.array.shape, strict=True
-        )
-    )
-    weights = gaussian_weights(patch)
-    layers = [
-        (k, list(windows))
-        for k, windows in groupby(
-            window_starts(shape_of(padded), patch, manifest.overlap), key=lambda start: start[2]
-        )
-    ]
-    counter.total = sum(len(windows) for _, windows in layers)
-    runner = _WindowRunner(session, padded, prepared.background, counter)
-    runner.look_for_air([start for _, windows in layers for start in windows])
 
-    thickness = patch[2]
-    sums = np.zeros((num_classes, *padded.shape[:2], thickness), dtype=np.float32)
-    norm = np.zeros((*padded.shape[:2], thickness), dtype=np.float32)
-    next_layers = [k for k, _ in layers[1:]] + [padded.shape[2]]
-    for (first, windows), next_first in zip(layers, next_layers, strict=True):
-        for (i, j, _), logits in runner.layer(windows):
-            here = (slice(i, i + patch[0]), slice(j, j + patch[1]))
-            sums[:, *here] += logits * weights
-            norm[here] += weights
-        num_done = next_first - first
-        wanted = slice(max(inside_k.start - first, 0), min(inside_k.stop - first, num_done))
+    Args:
+        session: An open segmenter.
+        source: The volume as network input.
+        counter: Told of every window; its `total`, where 0, becomes the number of these windows.
+        windows: Their size, overlap and batch; the model's own if None.
+        columns: The part of J' that is wanted (`start` and `stop`); windows that touch it are run
+            and the sums are the same as for the whole.
+        release_memory: Give the network's working memory back with the last window.
+    """
+    windows = windows or serving_windows(session.manifest)
+    layout = Layout.of(source.grid.shape, windows, columns)
+    counter.total = counter.total or layout.num_windows
+    weights = gaussian_weights(windows.size)
+    num_classes, thickness = 1 + len(session.manifest.labels), windows.size[2]
+    held = RollingInput(source, layout)
+    runner = _WindowRunner(session, held, weights, windows, counter)
+    # The last channel is the sum of the weights.
+    num_columns = layout.columns.stop - layout.columns.start
+    extent = (source.grid.shape[0], num_columns, thickness)
+    sums = np.zeros((num_classes + 1, *extent), dtype=np.float32)
+    inside_k = slice(layout.before[2], layout.before[2] + source.grid.shape[2])
+    ends = [*layout.starts[2][1:], layout.end_k]
+    for first, end in zip(layout.starts[2], ends, strict=True):
+        held.advance(first)
+        is_last = release_memory and end == layout.end_k
+        for place, logits in runner.layer(layout.in_plane, release_memory=is_last):
+            (from_i, to_i), (from_j, to_j) = layout.overlaps(place)
+            sums[:-1, to_i, to_j] += logits[:, from_i, from_j]
+            sums[-1, to_i, to_j] += weights[from_i, from_j]
+        wanted = slice(max(inside_k.start - first, 0), min(inside_k.stop, end) - first)
         if wanted.start < wanted.stop:
-            finished = np.divide(
-                sums[:, inside_i, inside_j, wanted],
-                norm[inside_i, inside_j, wanted],
-                dtype=np.float32,
-            )
+            finished = sums[:-1, :, :, wanted]
+            for logits in finished:
+                np.divide(logits, sums[-1, :, :, wanted], out=logits)
             yield Slab(first + wanted.start - inside_k.start, finished)
-        _roll(sums, num_done)
-        _roll(norm, num_done)
+        _roll(sums, end - first)
 
 
 class _WindowRunner:
-    """Logits of windows, in batches; windows of air alone share one run."""
+    """Weighted logits of windows, in batches; windows of air alone share one run."""
 
     def __init__(
-        self, session: OnnxSession, padded: Float32Array, background: float, counter: Counter
+        self,
+        session: Network,
+        held: RollingInput,
+        weights: Float32Array,
+        windows: Windows,
+        counter: Counter,
     ) -> None:
         self._session = session
-        self._padded = padded
-        self._background = np.float32(background)
+        self._held = held
+        self._weights = weights
+        self._windows = windows
         self._counter = counter
-        _, self._patch = volume_input(session.manifest)
-        self._logits_of_air: Float32Array | None = None
-        self._occupied: set[Starts] = set()
-        self._num_left = 0
+        self._background = np.float32(held.background)
+        self._of_air: Float32Array | None = None
 
-    def look_for_air(self, starts: list[Starts]) -> None:
-        """Find out which windows hold anything but air."""
-        self._occupied = {
-            start
-            for start in starts
-            if (window(self._padded, start, self._patch) != self._background).any()
-        }
-        self._num_left = len(self._occupied)
-
-    def layer(self, windows: list[Starts]) -> Iterator[tuple[Starts, Float32Array]]:
-        """Every window with its logits (C, *patch), those of air first."""
-        air = [start for start in windows if start not in self._occupied]
+    def layer(
+        self, windows: list[InPlane], *, release_memory: bool
+    ) -> Iterator[tuple[InPlane, Float32Array]]:
+        """Every window with its weighted logits (C, *size), those of air first."""
+        occupied = [
+            place for place in windows if (self._held.window(place) != self._background).any()
+        ]
+        air = sorted(set(windows) - set(occupied))
         if air:
-            yield from ((start, self._air()) for start in air)
+            ends_here = release_memory and not occupied
+            weighted = self._air(release_memory=ends_here)
+            yield from ((place, weighted) for place in air)
             self._counter.after_batch(len(air))
-        occupied = [start for start in windows if start in self._occupied]
-        for chunk in chunks(occupied, batch_size(self._patch)):
+        size = self._windows.batch
+        batches = list(chunks(occupied, size))
+        for number, chunk in enumerate(batches, start=1):
             self._counter.before_batch()
-            batch = np.stack([window(self._padded, start, self._patch)[None] for start in chunk])
-            self._num_left -= len(chunk)
-            logits = self._run(batch, is_last=self._num_left == 0)
-            yield from zip(chunk, logits, strict=True)
+            batch = np.empty((len(chunk), 1, *self._windows.size), dtype=np.float32)
+            for image, place in zip(batch, chunk, strict=True):
+                image[0] = self._held.window(place)
+            is_last = release_memory and number == len(batches)
+            logits = self._run(batch, release_memory=is_last)
+            del batch
+            for weighted, place in zip(logits, chunk, strict=True):
+                np.multiply(weighted, self._weights, out=weighted)
+                yield place, weighted
             self._counter.after_batch(len(chunk))
 
-    def _air(self) -> Float32Array:
-        if self._logits_of_air is None:
+    def _air(self, *, release_memory: bool) -> Float32Array:
+        """Run again only where the network must give its memory back."""
+        if self._of_air is None or release_memory:
             self._counter.before_batch()
-            batch = np.full((1, 1, *self._patch), self._background, dtype=np.float32)
-            (self._logits_of_air,) = self._run(batch, is_last=False)
-        return self._logits_of_air
+            batch = np.full((1, 1, *self._windows.size), self._background, dtype=np.float32)
+            (self._of_air,) = self._run(batch, release_memory=release_memory)
+            self._of_air *= self._weights
+        return self._of_air
 
-    def _run(self, batch: Float32Array, *, is_last: bool) -> Float32Array:
-        logits = self._session.run(batch, release_memory=is_last)  # (B, C, *patch)
-        expected = (len(batch), 1 + len(self._session.manifest.labels), *self._patch)
+    def _run(self, batch: Float32Array, *, release_memory: bool) -> Float32Array:
+        logits = self._session.run(batch, release_memory=release_memory)  # (B, C, *size)
+        num_classes = 1 + len(self._session.manifest.labels)
+        expected = (len(batch), num_classes, *self._windows.size)
         if logits.shape != expected:
             raise BundleError("bundle_inconsistent", f"logits are {logits.shape}, not {expected}")
         return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Columns along J that are taken alone, so that slabs are narrower."""
+
+    target: slice
+    """Columns of the target, J."""
+    source: slice
+    """Columns along J' that their labels follow from."""
+
+
+def blocks(source: Grid, target: Grid, num: int) -> list[Block]:
+    """Split the target's columns evenly into at most `num` blocks."""
+    lowest, highest = _support(source, target, axis=1)
+    edges = np.unique(np.linspace(0, target.shape[1], num + 1).round().astype(int))
+    return [
+        Block(slice(int(low), int(high)), slice(int(lowest[low]), int(highest[high - 1]) + 1))
+        for low, high in pairwise(edges)
+    ]
+
+
+def columns_of(grid: Grid, columns: slice) -> Grid:
+    """The part of a grid between two columns along J."""
+    return _part(grid, 1, columns.start, columns.stop)
 
 
 class PlaneResampler:
@@ -158,13 +209,7 @@ class PlaneResampler:
     """
 
     def __init__(self, source: Grid, target: Grid, labels: NDArray[np.uint8]) -> None:
-        step = np.linalg.inv(source.affine) @ target.affine
-        centres = step[2, 3] + step[2, 2] * np.arange(target.shape[2])
-        centres = np.clip(centres, 0, source.shape[2] - 1)
-        # Linear interpolation looks one plane far; averaging to larger voxels looks further.
-        reach = 1 + math.sqrt(max(step[2, 2] ** 2 - 1, 0)) / 2
-        self._lowest = np.maximum(np.floor(centres - reach), 0).astype(int)
-        self._highest = np.minimum(np.ceil(centres + reach), source.shape[2] - 1).astype(int)
+        self._lowest, self._highest = _support(source, target, axis=2)
         self._source, self._target, self._labels = source, target, labels
         self._num_done = 0  # target planes
         self._first = 0  # source plane at which the kept ones begin
@@ -172,10 +217,16 @@ class PlaneResampler:
 
     def add(self, slab: Slab) -> None:
         """Take the next slab; label the target planes that it makes known."""
+        plane_bytes = slab.logits[..., :1].nbytes
+        thickness = max(1, PIECE_BYTES // plane_bytes)
+        for start in range(0, slab.logits.shape[-1], thickness):
+            self._add(slab.logits[..., start : start + thickness])
+
+    def _add(self, logits: Float32Array) -> None:
         if self._kept is None:
-            self._kept = slab.logits
+            self._kept = logits
         else:
-            self._kept = np.concatenate([self._kept, slab.logits], axis=-1)
+            self._kept = np.concatenate([self._kept, logits], axis=-1)
         known = self._first + self._kept.shape[-1]
         begin = self._num_done
         end = int(np.searchsorted(self._highest, known))  # highest < known
@@ -184,8 +235,8 @@ class PlaneResampler:
             low, high = self._lowest[begin] - first, self._highest[end - 1] + 1 - first
             self._labels[:, :, begin:end] = argmax_on_grid(
                 self._kept[..., low:high],
-                _planes(self._source, low + first, high + first),
-                _planes(self._target, begin, end),
+                _part(self._source, 2, low + first, high + first),
+                _part(self._target, 2, begin, end),
             )
             self._num_done = end
         if end < len(self._lowest):
@@ -231,7 +282,7 @@ def chunks(items: list[T], size: int) -> Iterator[list[T]]:
         yield items[start : start + size]
 
 
-def window(padded: Float32Array, start: Starts, patch: Shape) -> Float32Array:
+def window(padded: Float32Array, start: tuple[int, int, int], patch: Shape) -> Float32Array:
     """A view of one window."""
     (i, j, k), (size_i, size_j, size_k) = start, patch
     return padded[i : i + size_i, j : j + size_j, k : k + size_k]
@@ -239,17 +290,30 @@ def window(padded: Float32Array, start: Starts, patch: Shape) -> Float32Array:
 
 def _roll(slab: Float32Array, num_planes: int) -> None:
     """Move the slab forward along its last axis; new planes are zero."""
-    left = slab.shape[-1] - num_planes
-    if left > 0:
-        slab[..., :left] = slab[..., num_planes:]  # NumPy guards overlapping moves
-    slab[..., max(left, 0) :] = 0.0
+    left = max(slab.shape[-1] - num_planes, 0)
+    for of_class in slab:
+        for rows in of_class:  # NumPy copies what overlaps; a row of it is little
+            rows[:, :left] = rows[:, num_planes:]
+            rows[:, left:] = 0.0
 
 
-def _planes(grid: Grid, first: int, stop: int) -> Grid:
-    """The part of a grid between two planes along K."""
-    shift = np.eye(4)
-    shift[2, 3] = first
-    return Grid((*grid.shape[:2], int(stop - first)), grid.affine @ shift)
+def _support(source: Grid, target: Grid, axis: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Lowest and highest source index that each target index looks at along an axis."""
+    step = np.linalg.inv(source.affine) @ target.affine
+    scale, last = step[axis, axis], source.shape[axis] - 1
+    centres = np.clip(step[axis, 3] + scale * np.arange(target.shape[axis]), 0, last)
+    # Linear interpolation looks one voxel far; averaging to larger voxels looks further.
+    reach = 1 + math.sqrt(max(scale**2 - 1, 0)) / 2
+    lowest = np.maximum(np.floor(centres - reach), 0).astype(np.intp)
+    return lowest, np.minimum(np.ceil(centres + reach), last).astype(np.intp)
+
+
+def _part(grid: Grid, axis: int, first: int, stop: int) -> Grid:
+    """The part of a grid between two indices along an axis."""
+    shift, shape = np.eye(4), list(grid.shape)
+    shift[axis, 3] = first
+    shape[axis] = int(stop - first)
+    return Grid((shape[0], shape[1], shape[2]), grid.affine @ shift)
 
 
 def shape_of(array: Float32Array) -> Shape:

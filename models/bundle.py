@@ -1,7 +1,8 @@
 """A model on disk: a folder with the network, a manifest and a card.
 
-The files are `model.onnx`, `manifest.json`, `card.md` and, for models trained here,
-`weights.safetensors` (what fine-tuning starts from).
+The files are `model.onnx`, `manifest.json`, `card.md`, for models trained here
+`weights.safetensors` (what fine-tuning starts from) and perhaps `model.float16.onnx`, and for a
+cascade of two networks `coarse.onnx` (what finds the organ).
 
 The manifest names the SHA-256 of every other file, and the bundle's digest is the manifest's own
 SHA-256, so one hash pins everything. A bundle is written to a temporary folder and renamed.
@@ -27,10 +28,15 @@ from models.recipe import (
     Recipe,
     Size,
     Size2d,
+    SpacingMm,
 )
+from models.tiling import Windows
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+COARSE = "coarse.onnx"
+MODEL_FLOAT16 = "model.float16.onnx"
+"""The same network with float16 inside; its inputs and outputs stay float32."""
 WEIGHTS = "weights.safetensors"
 CARD = "card.md"
 
@@ -62,6 +68,8 @@ class Parity(Part):
     tolerance: float
     argmax_agreement: float | None = None
     embedding_cosine: float | None = None
+    precision: Literal["float32", "float16"] = "float32"
+    """Of the network that onnxruntime ran; torch's is float32."""
     passed: bool
 
 
@@ -89,6 +97,54 @@ class Lineage(Part):
     torch_version: str
 
 
+class CoarseNetwork(Part):
+    """The network in `coarse.onnx`, a segmenter with softmax, and how it wants a scan."""
+
+    bundle_digest: str
+    """Of the bundle that it was taken from."""
+    labels: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    preprocessing: Preprocessing
+    patch_size: Size
+    overlap: float = Field(0.5, ge=0.0, lt=1.0)
+    parity: tuple[Parity, ...]
+
+
+class Cascade(Part):
+    """Two passes: an organ at low resolution, then its box at full (`models.cascade`)."""
+
+    organ: str
+    """A label of the coarse network: what is looked for."""
+    parts: tuple[str, ...] = ()
+    """Labels that lie in the organ and count as it."""
+    margin_mm: float = Field(ge=0.0, le=500.0)
+    """Around the organ's box, on each side."""
+    coarse_spacing_mm: SpacingMm
+    min_organ_ml: float = Field(1.0, ge=0.0)
+    """An organ smaller than this counts as not found."""
+    fine_digest: str
+    """Of the bundle whose network makes the mask."""
+    coarse: CoarseNetwork | None = None
+    """None: the model itself looks for the organ, at the coarse spacing."""
+
+
+class Quality(Part):
+    """When a result is to be reviewed, from the scans that judged the training.
+
+    See `models.uncertainty.calibrated`.
+    """
+
+    max_foreground_entropy: float = Field(ge=0.0, le=1.0)
+    """A scan whose mean entropy where a label wins is above this is to be reviewed."""
+    min_dice: float = Field(ge=0.0, le=1.0)
+    """Mean Dice from which on a scan counted as segmented well."""
+    num_cases: int
+    num_good: int
+    """Scans that were looked at, and those segmented well."""
+    split: Literal["train", "val"]
+
+
 class Manifest(Part):
     """Everything a server must know about a model."""
 
@@ -109,6 +165,10 @@ class Manifest(Part):
     overlap: float = Field(0.5, ge=0.0, lt=1.0)
     postprocess: Postprocess = Postprocess()
     """What a segmenter's mask goes through before it leaves."""
+    cascade: Cascade | None = None
+    """How a segmenter finds the part of a scan that it looks at; None: it looks at all of it."""
+    quality: Quality | None = None
+    """Of a segmenter: when to flag its result. None where nothing was measured."""
     recipe: Recipe
     lineage: Lineage
     metrics: dict[str, Metric] = Field(default_factory=dict)
@@ -123,6 +183,13 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _known_labels(self) -> Self:
         self.postprocess.require(self.labels)
+        if self.cascade is not None:
+            if self.kind != "segmenter":
+                raise ValueError(f"a model of kind {self.kind} has no cascade")
+            coarse = self.cascade.coarse
+            labels = self.labels if coarse is None else coarse.labels
+            if unknown := {self.cascade.organ, *self.cascade.parts} - set(labels):
+                raise ValueError(f"cascade names what labels does not: {sorted(unknown)}")
         return self
 
 
@@ -179,6 +246,9 @@ def load(folder: Path, *, verify: bool = True) -> Manifest:
         raise BundleError("bundle_invalid", f"{MANIFEST}: {error.error_count()} errors") from error
     if MODEL not in manifest.files or any(Path(name).name != name for name in manifest.files):
         raise BundleError("bundle_invalid", f"{MANIFEST}: files must be plain names, {MODEL} too")
+    has_coarse = manifest.cascade is not None and manifest.cascade.coarse is not None
+    if has_coarse != (COARSE in manifest.files):
+        raise BundleError("bundle_invalid", f"{MANIFEST}: cascade and {COARSE} do not go together")
     if verify:
         for name, expected in manifest.files.items():
             path = folder / name
@@ -208,11 +278,34 @@ def onnx_metadata(manifest: Manifest) -> dict[str, str]:
     }
     if manifest.postprocess != Postprocess():
         facts["postprocess"] = manifest.postprocess.model_dump_json()
+    if manifest.cascade is not None:
+        facts["cascade"] = manifest.cascade.model_dump_json(exclude={"coarse"})
+    if manifest.quality is not None:
+        facts["quality"] = manifest.quality.model_dump_json()
     if isinstance(spec, Preprocessing2d):
         normalisation = "" if spec.normalisation is None else spec.normalisation.model_dump_json()
         return {**facts, "size": str(spec.size), "normalisation": normalisation}
     spacing = ",".join(f"{size:g}" for size in spec.spacing_mm)
     return {**facts, "orientation": spec.orientation, "spacing_mm": spacing}
+
+
+def coarse_manifest(manifest: Manifest) -> Manifest:
+    """How the coarse pass of a cascade wants a scan, as the manifest of a model of its own.
+
+    Raises:
+        BundleError: `wrong_model_kind`, the model is no cascade.
+    """
+    cascade = manifest.cascade
+    if cascade is None:
+        raise BundleError("wrong_model_kind", "the model is no cascade")
+    update: dict[str, object] = {"cascade": None, "quality": None, "postprocess": Postprocess()}
+    if cascade.coarse is None:
+        spec, _ = volume_input(manifest)
+        update["preprocessing"] = spec.model_copy(update={"spacing_mm": cascade.coarse_spacing_mm})
+    else:
+        shared = CoarseNetwork.model_fields.keys() & Manifest.model_fields.keys()
+        update |= {name: getattr(cascade.coarse, name) for name in shared}
+    return manifest.model_copy(update=update)
 
 
 def volume_input(manifest: Manifest) -> tuple[Preprocessing, Size]:
@@ -225,6 +318,16 @@ def volume_input(manifest: Manifest) -> tuple[Preprocessing, Size]:
     if isinstance(spec, Preprocessing2d) or len(patch) == 2:
         raise BundleError("wrong_model_kind", "the model reads 2D images, and a scan is a volume")
     return spec, patch
+
+
+def serving_windows(manifest: Manifest) -> Windows:
+    """The windows that a segmenter is served with.
+
+    Raises:
+        BundleError: `wrong_model_kind`, the model reads 2D images.
+    """
+    _, patch = volume_input(manifest)
+    return Windows(patch, manifest.overlap)
 
 
 def _fsync(path: Path) -> None:

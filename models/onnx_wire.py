@@ -1,4 +1,6 @@
-"""Whether an ONNX file wants tensors from other files, told without the onnx package.
+"""What must be known of an ONNX file, or written into it, without the onnx package.
+
+Whether it wants tensors from other files, and facts for its metadata.
 
 External data is a path that the runtime opens by itself, past the bundle's digests, so it is
 refused before the runtime sees the model. This walks the protobuf wire format (tag = field << 3 |
@@ -7,9 +9,10 @@ type) along the few messages of onnx.proto that lead to a TensorProto.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MODEL_METADATA = 14
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
 
 # message -> field number -> message in that field (onnx.proto)
@@ -32,6 +35,31 @@ def has_external_data(model: bytes) -> bool:
         ValueError: The bytes are no protobuf message.
     """
     return _has_external_data(memoryview(model), "Model")
+
+
+def with_metadata(model: bytes, facts: Mapping[str, str]) -> bytes:
+    """The model with these facts in its metadata (`ModelProto.metadata_props`, field 14).
+
+    A repeated field of a message may be continued at its end, so nothing else is touched.
+
+    Args:
+        model: Its metadata has none of the keys.
+        facts: Key and value.
+    """
+    entries = [
+        _message(1, key.encode()) + _message(2, text.encode()) for key, text in facts.items()
+    ]
+    return b"".join([model, *(_message(_MODEL_METADATA, entry) for entry in entries)])
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _encoded(field << 3 | _BYTES) + _encoded(len(content)) + content
+
+
+def _encoded(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; all but the last byte have the high bit."""
+    groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
 
 
 def _has_external_data(message: memoryview, kind: str) -> bool:

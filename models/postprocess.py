@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
+from models.box import around
 from models.recipe import Connectivity, Postprocess
 
 Labels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Components = NDArray[np.unsignedinteger]
-Box = tuple[slice, slice, slice]
+Bounds = tuple[slice, slice, slice]
 
 MAX_LISTED = 100
 """Lesions that are listed one by one, the largest first; all are counted."""
@@ -106,7 +107,7 @@ def keep_largest(
         result[labels == value] = 0
     for organ, parts in organs.items():
         union = _union(labels, (organ, *parts))
-        box = _box(union)
+        box = _bounds(union)
         if box is None:
             continue
         inside = np.ascontiguousarray(union[box])
@@ -134,7 +135,7 @@ def fill_holes(
         connectivity: Of the organ; holes have the other one.
     """
     result = labels.copy()
-    box = _box(_union(labels, (organ, *parts)))
+    box = _bounds(_union(labels, (organ, *parts)))
     if box is None:
         return result
     around = np.pad(~_union(labels[box], (organ, *parts)), 1, constant_values=True)
@@ -159,7 +160,7 @@ def lesions(
         connectivity: 6 or 26.
     """
     found = labels == value
-    box = _box(found)
+    box = _bounds(found)
     if box is None:
         return Lesions(0, ())
     components = _components(np.ascontiguousarray(found[box]), connectivity)
@@ -192,16 +193,9 @@ def _union(labels: Labels, values: Sequence[int]) -> Mask:
     return found
 
 
-def _box(mask: Mask) -> Box | None:
-    """The least box around what is true, None where nothing is."""
-    in_plane = np.asarray(mask.any(axis=2))  # (I, J)
-    across = np.asarray(mask.any(axis=0))  # (J, K)
-    if not in_plane.any():
-        return None
-    sides = (in_plane.any(axis=1), in_plane.any(axis=0), across.any(axis=0))
-    ends = (np.flatnonzero(side)[[0, -1]] for side in sides)
-    i, j, k = (slice(int(first), int(last) + 1) for first, last in ends)
-    return i, j, k
+def _bounds(mask: Mask) -> Bounds | None:
+    box = around(mask)
+    return None if box is None else box.slices
 
 
 def _components(mask: Mask, connectivity: Connectivity) -> Components:

@@ -8,6 +8,7 @@ B batch, E embedding, I J K voxels.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,27 +17,35 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.volume import Volume
+from imaging.volume import Grid, Volume
+from models import preflight
 from models.blend import (
     Counter,
+    Network,
     PlaneResampler,
     Progress,
     Stopped,
     batch_size,
     blended_slabs,
+    blocks,
     chunks,
+    columns_of,
     shape_of,
     window,
 )
-from models.bundle import BundleError, volume_input
+from models.bundle import BundleError, Manifest, serving_windows, volume_input
 from models.postprocess import Cleaned, Lesions, clean, lesions
-from models.preprocess import prepare
+from models.preflight import Preflight
+from models.preprocess import preparation, prepare
+from models.rolling import Layout, Source
 from models.session import OnnxSession
-from models.tiling import pad, window_starts
+from models.tiling import Windows, pad, window_starts
 
 __all__ = ["Embedding", "Progress", "Segmentation", "Stopped", "embed", "segment"]
 
 Float32Array = NDArray[np.float32]
+Watch = Callable[[Float32Array, int, int], None]
+"""Called with logits (C, I', columns, planes), their first column along J' and plane along K'."""
 FOREGROUND_ABOVE = 0.05
 """A voxel this far above air (in network input) counts as body; noise in air stays below it."""
 
@@ -57,6 +66,8 @@ class Segmentation:
     removed_voxels: dict[str, int] = field(default_factory=dict)
     filled_voxels: dict[str, int] = field(default_factory=dict)
     """What the clean-up took from and gave to each label; empty where there was none."""
+    preflight: Preflight | None = None
+    """The plan that it followed, if it had one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,9 @@ def segment(
     *,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    windows: Windows | None = None,
+    num_blocks: int = 1,
+    plan: Preflight | None = None,
 ) -> Segmentation:
     """Label every voxel of a volume.
 
@@ -89,31 +103,112 @@ def segment(
         volume: The scan.
         progress: Told after every batch.
         should_stop: Asked before every batch.
+        windows: Their size, overlap and batch; the model's own if None.
+        num_blocks: Parts in which columns are taken, one after the other: less memory, more time,
+            the same labels.
+        plan: Windows and blocks instead of these, chosen by `models.preflight` so that memory
+            suffices; comes back in the result.
 
     Raises:
         BundleError: `wrong_model_kind`, or what `OnnxSession.run` raises.
         Stopped: `should_stop` turned true.
     """
-    names = session.manifest.labels
-    _require_kind(session, "segmenter")
-    _require_one_channel_and_exclusive_labels(session)
+    require_segmenter(session.manifest)
     spec, _ = volume_input(session.manifest)
-    clock = _Clock()
+    clock = Clock()
     with clock.stage("preprocess"):
-        prepared = prepare(volume, spec)
+        source = preparation(volume, spec)
     labels = np.zeros(volume.shape, dtype=np.uint8)
-    resampler = PlaneResampler(prepared.grid, volume.grid, labels)
+    if plan is not None:
+        windows, num_blocks = plan.windows, plan.num_blocks
+    windows = windows or serving_windows(session.manifest)
     counter = Counter(progress, should_stop)
-    slabs = blended_slabs(session, prepared, counter)
-    while True:
-        with clock.stage("infer"):
-            slab = next(slabs, None)
-        if slab is None:
-            break
-        with clock.stage("resample"):
-            resampler.add(slab)
+    fill(
+        session,
+        source,
+        volume.grid,
+        labels,
+        counter=counter,
+        clock=clock,
+        windows=windows,
+        num_blocks=num_blocks,
+    )
+    if plan is not None:
+        preflight.learn(session, counter.total * math.prod(windows.size), clock.spent("infer"))
+    return finish(
+        session.manifest, volume, labels, num_windows=counter.total, clock=clock, plan=plan
+    )
 
-    asked = session.manifest.postprocess
+
+def fill(
+    session: Network,
+    source: Source,
+    target: Grid,
+    labels: NDArray[np.uint8],
+    *,
+    counter: Counter,
+    clock: Clock,
+    windows: Windows | None = None,
+    num_blocks: int = 1,
+    watch: Watch | None = None,
+) -> None:
+    """Label a grid by the sliding windows of a volume as network input.
+
+    Args:
+        session: The network.
+        source: Its input.
+        target: The grid to label; its axes are parallel to the input's.
+        labels: (I, J, K) on `target`, written; may be a view.
+        counter: Of the windows; its total is set.
+        clock: Takes the stages `infer` and `resample`, and `uncertainty` where `watch` is given.
+        windows: As in `segment`.
+        num_blocks: As in `segment`.
+        watch: Shown all blended logits, each voxel once.
+    """
+    windows = windows or serving_windows(session.manifest)
+    parts = blocks(source.grid, target, num_blocks)
+    layouts = [Layout.of(source.grid.shape, windows, part.source) for part in parts]
+    counter.total = sum(layout.num_windows for layout in layouts)
+    num_watched = 0  # columns along J'; blocks overlap there
+    for part in parts:
+        resampler = PlaneResampler(
+            columns_of(source.grid, part.source),
+            columns_of(target, part.target),
+            labels[:, part.target],
+        )
+        slabs = blended_slabs(
+            session,
+            source,
+            counter,
+            windows=windows,
+            columns=part.source,
+            release_memory=part is parts[-1],
+        )
+        while True:
+            with clock.stage("infer"):
+                slab = next(slabs, None)
+            if slab is None:
+                break
+            with clock.stage("resample"):
+                resampler.add(slab)
+            if watch is not None:
+                with clock.stage("uncertainty"):
+                    fresh = slab.logits[:, :, num_watched - part.source.start :]
+                    watch(fresh, num_watched, slab.first)
+        num_watched = part.source.stop
+
+
+def finish(
+    manifest: Manifest,
+    volume: Volume,
+    labels: NDArray[np.uint8],
+    *,
+    num_windows: int,
+    clock: Clock,
+    plan: Preflight | None = None,
+) -> Segmentation:
+    """What a labelled grid amounts to, after the clean-up that the manifest asks for."""
+    names, asked = manifest.labels, manifest.postprocess
     cleaned = Cleaned(labels, {}, {})
     if asked.changes_masks:
         with clock.stage("postprocess"):
@@ -131,11 +226,12 @@ def segment(
         labels,
         voxels,
         volumes_ml,
-        counter.total,
+        num_windows,
         clock.timings_s(),
         lesions=counted,
         removed_voxels=cleaned.removed_voxels,
         filled_voxels=cleaned.filled_voxels,
+        preflight=plan,
     )
 
 
@@ -165,9 +261,9 @@ def embed(
             `OnnxSession.run` raises.
         Stopped: `should_stop` turned true.
     """
-    _require_kind(session, "encoder")
+    _require_kind(session.manifest, "encoder")
     spec, patch = volume_input(session.manifest)
-    clock = _Clock()
+    clock = Clock()
     with clock.stage("preprocess"):
         prepared = prepare(volume, spec)
         padded = pad(prepared.array, patch, prepared.background)
@@ -194,7 +290,7 @@ def embed(
     return Embedding(vector, len(weighted), clock.timings_s())
 
 
-class _Clock:
+class Clock:
     """Seconds spent in each stage."""
 
     def __init__(self) -> None:
@@ -203,33 +299,42 @@ class _Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Count what is done inside; a stage may come again."""
         begin = time.perf_counter()
         try:
             yield
         finally:
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - begin
 
+    def spent(self, name: str) -> float:
+        """Seconds in a stage so far."""
+        return self._spent.get(name, 0.0)
+
     def timings_s(self) -> dict[str, float]:
+        """Each stage, and `total` since the clock was made."""
         total = time.perf_counter() - self._started
         return {name: round(spent, 3) for name, spent in (*self._spent.items(), ("total", total))}
 
 
-def _require_kind(session: OnnxSession, kind: str) -> None:
-    if session.manifest.kind != kind:
-        raise BundleError(
-            "wrong_model_kind", f"the model is of kind {session.manifest.kind}, not {kind}"
-        )
+def _require_kind(manifest: Manifest, kind: str) -> None:
+    if manifest.kind != kind:
+        raise BundleError("wrong_model_kind", f"the model is of kind {manifest.kind}, not {kind}")
 
 
-def _require_one_channel_and_exclusive_labels(session: OnnxSession) -> None:
-    """A scan here is one image, and a mask holds one label a voxel; refuse what needs more."""
-    channels, names = session.manifest.channels, session.manifest.labels
+def require_segmenter(manifest: Manifest) -> None:
+    """A scan here is one image, and a mask holds one label a voxel; refuse what needs more.
+
+    Raises:
+        BundleError: `wrong_model_kind`.
+    """
+    _require_kind(manifest, "segmenter")
+    channels, names = manifest.channels, manifest.labels
     if len(channels) > 1:
         raise BundleError(
             "wrong_model_kind",
             f"the model reads {len(channels)} images of a scan ({', '.join(channels)}), not one",
         )
-    if session.manifest.activation == "sigmoid":
+    if manifest.activation == "sigmoid":
         raise BundleError(
             "wrong_model_kind",
             f"the model's regions ({', '.join(names)}) may overlap; a mask holds one label a voxel",

@@ -1,7 +1,9 @@
 """From a scan to network input: one function, used by training and by serving.
 
 Resample first, then scale intensities in place, so that the volume's own resolution is never held
-in floating point. Axes: I J K voxels in RAS+; a prime (I' J' K') is the network's grid.
+in floating point. Serving reads the planes of a `Preparation` as its windows pass over them.
+
+Axes: I J K voxels in RAS+; a prime (I' J' K') is the network's grid.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.resample import resample, resampled_grid
+from imaging.resample import LinearPlanes, resample, resampled_grid
 from imaging.volume import Array, Grid, Volume
+from models.box import Box, grid_of, needed
 from models.recipe import Preprocessing, Window, ZScore
 
 Float32Array = NDArray[np.float32]
+_PLANES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +33,34 @@ class Prepared:
     background: float = 0.0
     """What fills the margins where a volume is smaller than a patch."""
 
+    def planes(self, first: int, stop: int, columns: slice = slice(None)) -> Float32Array:
+        """Planes along K', (stop - first, I', J'), of them the columns along J'; a view."""
+        return np.moveaxis(self.array[:, columns, first:stop], 2, 0)
 
-def prepare(volume: Volume, spec: Preprocessing) -> Prepared:
-    """Bring a volume to the spacing and the intensities that a network was made for.
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What makes network input of a scan, plane by plane; holds no voxel of it."""
+
+    grid: Grid
+    background: float
+    _planes: LinearPlanes
+    _offset: float
+    _scale: float
+    _clips: bool
+
+    def planes(self, first: int, stop: int, columns: slice = slice(None)) -> Float32Array:
+        """Planes along K', (stop - first, I', J'), of them the columns along J'."""
+        planes = self._planes.read(first, stop, columns)
+        planes -= np.float32(self._offset)
+        planes /= np.float32(self._scale)
+        if self._clips:
+            np.clip(planes, 0.0, 1.0, out=planes)
+        return planes
+
+
+def preparation(volume: Volume, spec: Preprocessing, part: Box | None = None) -> Preparation:
+    """How a volume comes to the spacing and the intensities that a network was made for.
 
     A window maps [low_hu, high_hu] to [0, 1] and clips; air becomes 0. The z-score is
     (x - mean) / deviation with both taken over the non-zero voxels of the volume's own grid; zero
@@ -41,20 +70,32 @@ def prepare(volume: Volume, spec: Preprocessing) -> Prepared:
     Args:
         volume: The scan, in RAS+; `spec.orientation` allows no other.
         spec: From the recipe in training, from the bundle's manifest in serving.
+        part: Only this box of the network's grid. Its voxels are what they are in the whole:
+            statistics of a z-score are still of the whole volume.
     """
     grid = resampled_grid(volume.grid, spec.spacing_mm)
-    array = np.asarray(resample(volume.voxels, volume.grid, grid, order=1), dtype=np.float32)
+    voxels, source = volume.voxels, volume.grid
+    if part is not None:
+        grid = grid_of(grid, part)
+        looked_at = needed(source, grid)
+        voxels, source = voxels[looked_at.slices], grid_of(source, looked_at)
+    planes = LinearPlanes.of(voxels, source, grid)
     match spec.intensity:
         case Window(low_hu=low, high_hu=high):
-            array -= np.float32(low)
-            array /= np.float32(high - low)
-            np.clip(array, 0.0, 1.0, out=array)
-            return Prepared(array, grid)
+            return Preparation(grid, 0.0, planes, low, high - low, _clips=True)
         case ZScore():
             mean, deviation = _statistics(volume.voxels)
-            array -= np.float32(mean)
-            array /= np.float32(deviation)
-            return Prepared(array, grid, background=-mean / deviation)
+            return Preparation(grid, -mean / deviation, planes, mean, deviation, _clips=False)
+
+
+def prepare(volume: Volume, spec: Preprocessing, part: Box | None = None) -> Prepared:
+    """The whole of a `preparation` at once; training keeps it, serving need not."""
+    made = preparation(volume, spec, part)
+    array = np.empty(made.grid.shape, dtype=np.float32)
+    for first in range(0, made.grid.shape[2], _PLANES_AT_ONCE):
+        stop = min(first + _PLANES_AT_ONCE, made.grid.shape[2])
+        array[:, :, first:stop] = np.moveaxis(made.planes(first, stop), 0, 2)
+    return Prepared(array, made.grid, made.background)
 
 
 def prepare_labels(
@@ -111,6 +152,7 @@ def _refuse_unlisted(labels: Array, values: Mapping[str, int]) -> None:
 def _statistics(voxels: Array) -> tuple[float, float]:
     """Mean and deviation over the non-zero voxels, plane by plane; (0, 1) where there are none."""
     count, total = 0, 0.0
+    voxels = voxels.T if voxels.flags.f_contiguous else voxels  # in the order of the memory
     for plane in voxels:
         count += int(np.count_nonzero(plane))
         total += float(plane.sum(dtype=np.float64))

@@ -9,6 +9,7 @@ Axes: (I, J, K) voxels of the network's grid.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,18 @@ Margins = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 SMALLEST_WEIGHT = 1e-3
 """Floor of the blending weights, so that a corner seen by one window alone is not 0 / 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How windows lie over a volume."""
+
+    size: Shape
+    """Voxels of a window."""
+    overlap: float
+    """Share of a window that the next one sees again, 0 <= overlap < 1."""
+    batch: int = 1
+    """Windows that go through the network together."""
 
 
 def window_starts(shape: Shape, patch: Shape, overlap: float) -> list[tuple[int, int, int]]:

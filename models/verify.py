@@ -18,21 +18,26 @@ _ONNX_TYPES = {
 }
 
 
-def verified_model(bundle_dir: Path, manifest: Manifest) -> bytes:
+def verified_model(bundle_dir: Path, manifest: Manifest, name: str = bundle.MODEL) -> bytes:
     """The model's bytes, whose digest was checked: no swap can come between check and load.
+
+    Args:
+        bundle_dir: The bundle's folder.
+        manifest: Its manifest.
+        name: `model.onnx` or `coarse.onnx`.
 
     Raises:
         BundleError: `bundle_corrupt`, `bundle_invalid` or `external_data`.
     """
-    model = (bundle_dir / bundle.MODEL).read_bytes()
-    if hashlib.sha256(model).hexdigest() != manifest.files.get(bundle.MODEL):
-        raise BundleError("bundle_corrupt", f"{bundle.MODEL} is not what was saved")
+    model = (bundle_dir / name).read_bytes()
+    if hashlib.sha256(model).hexdigest() != manifest.files.get(name):
+        raise BundleError("bundle_corrupt", f"{name} is not what was saved")
     try:
         external = has_external_data(model)
     except ValueError as error:
-        raise BundleError("bundle_invalid", f"{bundle.MODEL}: {error}") from error
+        raise BundleError("bundle_invalid", f"{name}: {error}") from error
     if external:
-        raise BundleError("external_data", f"{bundle.MODEL} wants tensors from other files")
+        raise BundleError("external_data", f"{name} wants tensors from other files")
     return model
 
 

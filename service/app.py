@@ -16,6 +16,7 @@ from service import db, schemas
 from service.envelope import Envelope
 from service.errors import install_handlers, log_unexpected, problem, request_id_of
 from service.routers import (
+    cascades,
     datasets,
     deps,
     embeddings,
@@ -44,6 +45,7 @@ ROUTERS = (
     datasets.router,
     runs.router,
     models.router,
+    cascades.router,
     segmentations.router,
     embeddings.router,
 )

@@ -34,6 +34,7 @@ def add_commands(app: typer.Typer) -> None:
     """Add the client commands to `app`."""
     for command in (upload, dataset, pretrain, finetune, runs, cancel, models, alias, segment):
         app.command()(command)
+    app.command()(cascade)
     app.command()(embed)
     app.command()(similar)
 
@@ -163,6 +164,33 @@ def alias(
         console.print(f"models:/{model}@{name} is version {version}")
 
 
+def cascade(
+    model: Annotated[str, typer.Argument(help="Name of the model that gets the new version.")],
+    fine: Annotated[str, typer.Option(help="The segmenter that makes the mask.")],
+    organ: Annotated[str, typer.Option(help="What is looked for first: a label.")],
+    coarse: Annotated[
+        str | None, typer.Option(help="The segmenter that finds it; else the fine one.")
+    ] = None,
+    margin_mm: Annotated[float | None, typer.Option(help="Around the organ's box.")] = None,
+    coarse_spacing_mm: Annotated[
+        float | None, typer.Option(help="Of the first pass, without --coarse.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Compose a model of two passes (an organ's box first) of registered segmenters."""
+    with _client(url, token) as client:
+        made = client.create_cascade(
+            model,
+            fine,
+            organ,
+            coarse=coarse,
+            margin_mm=margin_mm,
+            coarse_spacing_mm=coarse_spacing_mm,
+        )
+        console.print(f"models:/{made.name}/{made.version}", highlight=False)
+
+
 def segment(
     volume_id: Annotated[str, typer.Argument(help="The uploaded volume.")],
     model: Annotated[str, typer.Option(help="models:/name@alias, name/version or name.")],
@@ -171,6 +199,12 @@ def segment(
         MaskFormat, typer.Option(help="Of the mask's file; all but nifti need a DICOM scan.")
     ] = "nifti",
     preview: Annotated[Path | None, typer.Option(help="Where to put the overlay (.png).")] = None,
+    flips: Annotated[bool, typer.Option(help="Average over mirror images: 8 times the work.")] = (
+        False
+    ),
+    uncertainty: Annotated[
+        Path | None, typer.Option(help="Where to put the map of the entropy (.nii.gz).")
+    ] = None,
     url: Url = DEFAULT_URL,
     token: Secret = "",
 ) -> None:
@@ -178,7 +212,14 @@ def segment(
     with _client(url, token) as client:
         with run_progress("segment") as show:
             formats = None if format == "nifti" else (format,)
-            made = client.segment(volume_id, model, formats=formats, on_event=show)
+            made = client.segment(
+                volume_id,
+                model,
+                formats=formats,
+                flips=flips,
+                uncertainty=uncertainty is not None,
+                on_event=show,
+            )
         if made.result is None:
             _fail(made.error.code if made.error else made.state)
         console.print_json(made.result.model_dump_json())
@@ -186,6 +227,8 @@ def segment(
             client.download_mask(made.id, mask, format=format)
         if preview is not None:
             client.download_preview(made.id, preview)
+        if uncertainty is not None:
+            client.download_uncertainty(made.id, uncertainty)
 
 
 def embed(

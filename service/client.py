@@ -294,6 +294,41 @@ class Client:
         """One version with its manifest."""
         return self._get(f"models/{name}/versions/{version}", schemas.ModelVersion)
 
+    def create_cascade(
+        self,
+        name: str,
+        fine: str,
+        organ: str,
+        *,
+        coarse: str | None = None,
+        parts: Sequence[str] | None = None,
+        margin_mm: float | None = None,
+        coarse_spacing_mm: float | None = None,
+        min_organ_ml: float = 1.0,
+    ) -> schemas.ModelVersion:
+        """Compose a segmenter of two passes of registered ones, as a new version of a model.
+
+        Args:
+            name: The model that gets the version.
+            fine: The segmenter that makes the mask.
+            organ: What is looked for first: a label of the model that finds it.
+            coarse: The segmenter that finds it; `fine` itself if None.
+            parts: Labels that lie in the organ and count as it.
+            margin_mm: Around the organ's box; the service's choice if None.
+            coarse_spacing_mm: Of the first pass, where `fine` does it; 4 mm if None.
+            min_organ_ml: An organ smaller than this counts as not found.
+        """
+        body = {
+            "fine": fine,
+            "coarse": coarse,
+            "organ": organ,
+            "parts": list(parts) if parts is not None else None,
+            "margin_mm": margin_mm,
+            "coarse_spacing_mm": coarse_spacing_mm,
+            "min_organ_ml": min_organ_ml,
+        }
+        return self._create(f"models/{name}/versions:cascade", body, schemas.ModelVersion)
+
     def set_alias(
         self, name: str, alias: str, version: int, *, revision: int | None = None
     ) -> schemas.Alias:
@@ -319,6 +354,8 @@ class Client:
         model: str,
         *,
         formats: Sequence[DicomFormat] | None = None,
+        flips: bool | Sequence[schemas.Axis] = False,
+        uncertainty: bool = False,
         wait: bool = True,
         on_event: OnEvent | None = None,
     ) -> schemas.Segmentation:
@@ -328,12 +365,18 @@ class Client:
             volume_id: The scan.
             model: `models:/name@alias`, `name/version` or `name`.
             formats: Made of a DICOM scan beside the NIfTI mask; the service's choice if absent.
+            flips: Axes of mirror images over which probabilities are averaged; True is all.
+            uncertainty: Also make a map of the entropy (`download_uncertainty`).
             wait: Return when it has ended.
             on_event: Told every event.
         """
         body: dict[str, Any] = {"volume_id": volume_id, "model": model}
         if formats is not None:
             body["formats"] = list(formats)
+        if flips is not False:
+            body["flips"] = flips if isinstance(flips, bool) else list(flips)
+        if uncertainty:
+            body["uncertainty"] = True
         made = self._create("segmentations", body, schemas.Segmentation)
         if not wait:
             return made
@@ -349,6 +392,10 @@ class Client:
     ) -> None:
         """Save the mask (.nii.gz on the grid of the scan as sent), or a DICOM object of it."""
         self._download(f"segmentations/{segmentation_id}/mask?format={format}", path)
+
+    def download_uncertainty(self, segmentation_id: str, path: Path) -> None:
+        """Save the map of the entropy (.nii.gz, 255 is 1), if it was asked for."""
+        self._download(f"segmentations/{segmentation_id}/uncertainty", path)
 
     def download_preview(self, segmentation_id: str, path: Path) -> None:
         """Save the preview picture (PNG)."""

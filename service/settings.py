@@ -109,6 +109,12 @@ class Settings(BaseSettings):
     inference_threads: int = Field(
         default=0, ge=0, description="Threads of onnxruntime in a worker; 0 is one a core."
     )
+    inference_memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Most that one segmentation may take beside the loaded models; 0 is what the "
+        "machine and its control groups leave.",
+    )
     train_threads: int = Field(
         default=0, ge=0, description="Threads of a training process; 0 is one a core."
     )

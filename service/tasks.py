@@ -23,12 +23,14 @@ from celery import shared_task
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
-from models import predict
+from models import cascade, predict, preflight
+from models.cascade import Case
 from models.session import OnnxSession, SessionCache, open_session
-from service import results, runs, volumes
+from service import entropy_map, results, runs, volumes
 from service.db import RunKind, RunState
 from service.db import Volume as VolumeRow
 from service.embeddings import NewEmbedding
+from service.entropy_map import StoredMap
 from service.lease import Keeper
 from service.results import INTENDED_USE
 from service.runs import Lease, NewArtifact
@@ -38,6 +40,8 @@ from service.worker import Worker, this_worker, work_through
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
+MAP_BYTES = 3
+"""A voxel of the scan: the map of the entropy at both spacings, and its way to the file."""
 
 
 @shared_task(name="service.infer", ignore_result=True)  # type: ignore[untyped-decorator]  # Celery
@@ -64,11 +68,27 @@ def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
 def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None:
     began = time.monotonic()
     model = _model(worker, lease)
+    coarse = _coarse_model(worker, lease, model)
     opened_s = time.monotonic() - began
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
-    found = predict.segment(
-        model, scan, progress=_progress(worker, lease), should_stop=keeper.should_stop
+    flips = tuple(lease.spec.get("flips", ()))
+    wants_map = bool(lease.spec.get("uncertainty"))
+    left = preflight.available_bytes(worker.settings.inference_memory_bytes)
+    if left is not None and wants_map:
+        left = max(left - MAP_BYTES * scan.voxels.size, 0)
+    plan = preflight.plan(model, scan, available_bytes=left)
+    _say(worker, lease, f"the segmentation {plan}")
+    case = cascade.segment_case(
+        model,
+        scan,
+        coarse=coarse,
+        flips=flips,
+        wants_map=wants_map,
+        plan=plan,
+        progress=_progress(worker, lease),
+        should_stop=keeper.should_stop,
     )
+    found = case.segmentation
     source = _source(row)
     mask = np.ascontiguousarray(on_source_grid(found.labels, source))
     with tempfile.TemporaryDirectory(dir=worker.store.tmp) as folder:
@@ -84,6 +104,11 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
                 mask=mask,
                 found=found,
             )
+            entropies = None
+            if case.entropy_map is not None:
+                entropies = entropy_map.publish(
+                    worker.store, Path(folder), case.entropy_map, source
+                )
         except GeometryError as error:
             _fail(worker, lease, "geometry_not_certified", str(error))
             return
@@ -93,6 +118,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         files = [
             *published.artifacts,
             NewArtifact("preview.png", *worker.store.put_file(preview_path), "image/png"),
+            *([entropies.artifact] if entropies is not None else []),
         ]
     names = model.manifest.labels
     result = {
@@ -112,6 +138,14 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         "removed_voxels": found.removed_voxels,
         "filled_voxels": found.filled_voxels,
         "num_windows": found.num_windows,
+        "flips": list(flips),
+        **_looks(model, case, entropies),
+        "preflight": {
+            "predicted_bytes": plan.predicted_bytes,
+            "available_bytes": plan.available_bytes,
+            "predicted_s": plan.predicted_s,
+            "degraded": list(plan.degraded),
+        },
         **published.result,
         "timings_s": {
             "model": opened_s,
@@ -188,6 +222,40 @@ def _model(worker: Worker, lease: Lease) -> OnnxSession:
     )
 
 
+def _coarse_model(worker: Worker, lease: Lease, model: OnnxSession) -> OnnxSession | None:
+    """The network that finds the organ, where the bundle brings one; it stays loaded too."""
+    spec = model.manifest.cascade
+    if spec is None or spec.coarse is None:
+        return None
+    settings = worker.settings
+    return _sessions_of(settings.session_cache_bytes).get(
+        f"{model.digest}/coarse",
+        lambda: open_session(
+            worker.store.bundle_dir(model.digest),
+            device=device_of(settings),
+            num_threads=settings.inference_threads,
+            digest=model.digest,
+            part="coarse",
+        ),
+    )
+
+
+def _looks(model: OnnxSession, case: Case, entropies: StoredMap | None) -> dict[str, Any]:
+    """How the scan was looked at, and how sure the model was."""
+    quality = model.manifest.quality
+    return {
+        "cascade": asdict(case.cascade) if case.cascade is not None else None,
+        "uncertainty": {
+            **asdict(case.uncertainty),
+            "map": entropies.line if entropies is not None else None,
+        },
+        "quality": {
+            **asdict(case.quality),
+            "max_foreground_entropy": quality.max_foreground_entropy if quality else None,
+        },
+    }
+
+
 def _provenance(lease: Lease, model: OnnxSession) -> dict[str, Any]:
     return {
         "model": lease.spec["model"],
@@ -200,6 +268,12 @@ def _provenance(lease: Lease, model: OnnxSession) -> dict[str, Any]:
 def _source(row: VolumeRow) -> Grid:
     i, j, k = row.source_shape
     return Grid((i, j, k), np.array(row.source_affine, dtype=np.float64))
+
+
+def _say(worker: Worker, lease: Lease, message: str) -> None:
+    """A line in the run's events."""
+    with worker.sessions() as session:
+        runs.record(session, lease, "log", {"level": "info", "message": message})
 
 
 def _progress(worker: Worker, lease: Lease) -> Callable[[int, int], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.bundle import Manifest
-from models.recipe import OwnRange, Preprocessing2d, UNet3d, Window
+from models.recipe import FinetuneRecipe, OwnRange, Preprocessing2d, UNet3d, Window
 
 
 def card_text(manifest: Manifest) -> str:
@@ -59,7 +59,29 @@ def _input_lines(manifest: Manifest) -> list[str]:
         "I, J, K multiples of 8.",
         _output_line(manifest),
         *_mask_lines(manifest),
+        *_quality_lines(manifest),
     ]
+
+
+def _quality_lines(manifest: Manifest) -> list[str]:
+    """When serving flags a scan, where it does."""
+    quality, recipe = manifest.quality, manifest.recipe
+    lines = []
+    if isinstance(recipe, FinetuneRecipe) and recipe.crop is not None:
+        around = ", ".join(recipe.crop.labels or recipe.targets)
+        lines.append(
+            f"- Trained and measured on the box of {around} with {recipe.crop.margin_voxels} "
+            "voxels on each side, where the truth has it: to be served behind a model that finds "
+            "it (a cascade)."
+        )
+    if quality is not None:
+        lines.append(
+            f"- A scan is to be reviewed where the mean entropy of what is labelled is above "
+            f"{quality.max_foreground_entropy:.3f}: the highest among {quality.num_good} of "
+            f"{quality.num_cases} {quality.split} scans with a mean Dice of {quality.min_dice:g} "
+            "at least."
+        )
+    return lines
 
 
 def _mask_lines(manifest: Manifest) -> list[str]:

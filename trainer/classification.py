@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
+from models.bundle import Quality
 from models.recipe import AnyClassify, ClassifyRecipe, ClassifyRecipe2d
 from trainer.data import cases
 from trainer.data.examples import Batches, VolumeSource, truth_of
@@ -103,6 +104,10 @@ class Classification:
     def has(self, split: Split) -> bool:
         """Whether there are examples to judge on."""
         return bool(self._cases[split])
+
+    def quality(self) -> Quality | None:
+        """None: a classifier's result has no flag."""
+        return None
 
     def sample(self) -> Tensor:
         """Real network input for the parity check, float16 (1, C, ...)."""

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import bundle
-from models.bundle import Lineage, Manifest, Metric, Parity, TensorSpec
+from models.bundle import Lineage, Manifest, Metric, Parity, Quality, TensorSpec
 from models.networks import resnet_unet2d, unet3d
 from models.networks.resnet_unet2d import ResNet18Encoder, ResNetUNet2d
 from models.networks.unet3d import UNet3d, UNet3dEncoder, fold, pooled
@@ -286,6 +286,7 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
         patch_size=patch,
         overlap=overlap,
         postprocess=postprocess,
+        quality=Quality.model_validate(state["quality"]) if "quality" in state else None,
         recipe=recipe,
         lineage=lineage,
         metrics=metrics,

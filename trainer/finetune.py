@@ -125,6 +125,8 @@ def run(
             if metrics[task.score]["value"] > best:
                 best = metrics[task.score]["value"]
                 kept = {**head, "network": network.state_dict(), "metrics": metrics, "best": best}
+                if (quality := task.quality()) is not None:
+                    kept["quality"] = quality.model_dump()
                 checkpoint.save(out / folder.CHECKPOINTS, step, kept, kind="best", keep=1)
         if is_logged or is_judged:
             window_start, window_s = step, time.monotonic()

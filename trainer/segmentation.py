@@ -8,15 +8,20 @@ B batch, C channels, R regions or classes, I J K voxels.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
 
+from models.bundle import Quality
 from models.recipe import FinetuneRecipe
 from models.tiling import margins, pad
+from models.uncertainty import EntropyMeter, calibrated
 from trainer.data import cases
 from trainer.data.cache import LabelledCase, VolumeCache
+from trainer.data.label_crop import cropped
 from trainer.data.patches import cut, flipped, resident_channels
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PatchSampler
@@ -51,7 +56,7 @@ class Segmentation:
         self._class_weights = torch.tensor(weights, device=setting.device)  # background first
         self._cases = cases.read_all(
             setting.scans,
-            lambda scan: store.labelled(scan, recipe),
+            lambda scan: cropped(store.labelled(scan, recipe), recipe),
             lambda scan: scan.labels is not None,
             setting.report,
         )
@@ -60,11 +65,20 @@ class Segmentation:
         first_channels = [case.channels[0] for case in everything]
         cases.check_extents(first_channels, recipe.patch_size, setting.report)
         self._check_targets(setting.report)
+        self._certainty: list[tuple[float | None, float]] = []
+        """Mean foreground entropy and mean Dice of each scan that judges."""
         self._images, self._labels, self._sampler = self._make_resident(self._cases["train"])
 
     def has(self, split: Split) -> bool:
         """Whether there are scans to judge on."""
         return bool(self._cases[split])
+
+    def quality(self) -> Quality | None:
+        """When serving shall flag a scan, by what `judge` found last on `judged_on`."""
+        if not self._certainty:
+            return None
+        split: Literal["train", "val"] = "val" if self.judged_on == "val" else "train"
+        return calibrated(self._certainty, min_dice=self._recipe.quality_min_dice, split=split)
 
     def sample(self) -> Tensor:
         """Real network input for the parity check, float16 (1, C, I, J, K)."""
@@ -97,8 +111,12 @@ class Segmentation:
             then over the others.
         """
         self._network.eval()
-        by_case = [self._dice(case) for case in self._cases[split]]
+        judged = [self._dice(case) for case in self._cases[split]]
+        by_case = [scores for scores, _ in judged]
         self._network.train()
+        if split == self.judged_on and self._recipe.labels:
+            means = [(mean_ignoring_nan(scores), entropy) for scores, entropy in judged]
+            self._certainty = [(entropy, mean) for (mean, n), entropy in means if n]
         metrics: Metrics = {}
         for name, scores in zip(self._recipe.targets, zip(*by_case, strict=True), strict=True):
             mean, n = mean_ignoring_nan(scores)
@@ -109,8 +127,8 @@ class Segmentation:
         overall = sum(metric["value"] for metric in metrics.values()) / len(metrics)
         return {**metrics, "dice_mean": {"value": overall, "n": len(by_case), "split": split}}
 
-    def _dice(self, case: LabelledCase) -> list[float]:
-        """One value a label or region; NaN where the case has none of it."""
+    def _dice(self, case: LabelledCase) -> tuple[list[float], float | None]:
+        """Of each label or region, NaN where the case has none of it; mean entropy of labels."""
         recipe, patch, shape = self._recipe, self._recipe.patch_size, case.labels.shape
         # Padded here, not by MONAI: each channel has an air of its own.
         padded = [pad(c.image.astype(np.float32), patch, c.background) for c in case.channels]
@@ -130,9 +148,12 @@ class Segmentation:
         logits = logits[0, :, i, j, k].float()  # (R, I, J, K)
         truth = torch.from_numpy(case.labels.copy()).long()
         if recipe.labels:
-            predicted = logits.argmax(dim=0).cpu()
-            return dice_per_label(predicted, truth, len(recipe.labels))
-        return dice_per_region((logits > 0).cpu(), self._members[:, truth])
+            logits = logits.cpu()
+            meter = EntropyMeter(recipe.targets)
+            meter.add(logits.numpy())
+            scores = dice_per_label(logits.argmax(dim=0), truth, len(recipe.labels))
+            return scores, meter.result().mean_foreground_entropy
+        return dice_per_region((logits > 0).cpu(), self._members[:, truth]), None
 
     def _check_targets(self, report: Report) -> None:
         """Every label is held by a training scan, and at least one by a scan that judges."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from models.bundle import Quality
 from trainer.data.scan_set import ScanSet, Split
 from trainer.folder import Metrics
 from trainer.report import Report
@@ -46,3 +47,6 @@ class Task(Protocol):
 
     def judge(self, split: Split) -> Metrics:
         """How good the network is now."""
+
+    def quality(self) -> Quality | None:
+        """When serving shall flag a scan, from the last `judge` on `judged_on`; None: never."""

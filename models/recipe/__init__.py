@@ -15,7 +15,13 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
-from models.recipe.finetune import ClassifyRecipe, ClassifyRecipe2d, FinetuneRecipe, SplitShares
+from models.recipe.finetune import (
+    ClassifyRecipe,
+    ClassifyRecipe2d,
+    FinetuneRecipe,
+    LabelCrop,
+    SplitShares,
+)
 from models.recipe.parts import (
     TISSUE_HU,
     Connectivity,
@@ -54,6 +60,7 @@ __all__ = [
     "FinetuneRecipe",
     "ImageCrops",
     "ImageViews",
+    "LabelCrop",
     "LabelName",
     "LabelValue",
     "Normalisation",

@@ -54,6 +54,18 @@ class _Finetuning(Part):
         return self
 
 
+class LabelCrop(Part):
+    """A scan is cut to the box of some labels and a margin (P's rule for LiTS).
+
+    It is what a network sees that follows another one in a cascade.
+    """
+
+    labels: tuple[LabelName, ...] = ()
+    """Whose box; of all labels where none is named. A scan without any of them is refused."""
+    margin_voxels: Annotated[int, Field(ge=0, le=512)] = 30
+    """On each side, in voxels of the recipe's spacing; P: 30."""
+
+
 class FinetuneRecipe(_Finetuning):
     """Segmentation fine-tuning on a few labelled scans; the defaults are P's for LiTS."""
 
@@ -72,6 +84,8 @@ class FinetuneRecipe(_Finetuning):
     class_weights: dict[LabelName, PositiveFloat] = Field(default_factory=dict)
     """Weights of labels in the cross-entropy, 1 where not given. A rare class (tumour) that starts
     with a weight of some units is found in fewer steps."""
+    crop: LabelCrop | None = None
+    """Train, judge and test on the labels' box; None: on whole scans."""
     patch_size: Size = (256, 256, 64)
     transfer: Literal["encoder", "encoder_decoder"] = "encoder"
     """Which part of the parent's weights is taken; the rest starts random."""
@@ -83,6 +97,9 @@ class FinetuneRecipe(_Finetuning):
     """Of the sliding windows in validation and in serving."""
     postprocess: Postprocess = Postprocess()
     """Of masks in serving; validation and test measure the network alone."""
+    quality_min_dice: Share = 0.7
+    """Mean Dice from which on a scan counts as segmented well, for the threshold of the quality
+    flag (`models.uncertainty.calibrated`)."""
     fused: bool = True
     """Compute the decoder's up-convolutions fused: the same function, a third fewer operations."""
 
@@ -96,6 +113,8 @@ class FinetuneRecipe(_Finetuning):
             raise ValueError(f"two labels share a value: {sorted(self.labels.values())}")
         if unknown := self.class_weights.keys() - self.labels.keys():
             raise ValueError(f"class_weights names what labels does not: {sorted(unknown)}")
+        if self.crop is not None and (unknown := set(self.crop.labels) - set(self.targets)):
+            raise ValueError(f"crop names what is not segmented: {sorted(unknown)}")
         self.postprocess.require(tuple(self.labels))
         return self
 

@@ -41,7 +41,11 @@ async def create_segmentation(
         model_kind="segmenter",
         collection="segmentations",
         view=views.segmentation,
-        options={"formats": list(ask.formats)},
+        options={
+            "formats": list(ask.formats),
+            "flips": list(ask.flip_axes),
+            "uncertainty": ask.uncertainty,
+        },
     )
     return await answers.queue(once, caller, settings, work, view=views.segmentation, prefer=prefer)
 
@@ -141,6 +145,34 @@ def download_preview(
     name = f"{segmentation_id}.png"
     return inference.artifact(
         session, store, segmentation_id, "preview", filename=name, media_type="image/png"
+    )
+
+
+@router.get(
+    "/segmentations/{segmentation_id}/uncertainty",
+    operation_id="download_uncertainty",
+    summary="Download the map of the entropy",
+    response_class=Response,
+    responses=docs.file(
+        "NIfTI (.nii.gz), uint8, 255 is an entropy of 1; on the grid of the scan as sent",
+        files.BYTES,
+    )
+    | docs.problems("invalid_request", "not_found", "not_ready", "blob_corrupt"),
+)
+def download_uncertainty(
+    segmentation_id: schemas.SegmentationId,
+    _caller: deps.Viewer,
+    session: deps.DbSession,
+    store: deps.StoreOf,
+) -> Response:
+    """The map, if the request asked for it with `uncertainty`; its bytes checked."""
+    return inference.artifact(
+        session,
+        store,
+        segmentation_id,
+        "uncertainty",
+        filename=f"{segmentation_id}.uncertainty.nii.gz",
+        media_type=files.BYTES,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, StrictBool, model_validator
 from pydantic.config import JsonDict
 
 from service.formats import DEFAULT_FORMATS, DicomFormat, MaskFormat
@@ -28,7 +28,10 @@ from service.schemas.base import (
     VolumeKind,
     page_of,
 )
+from service.schemas.certainty import Axis, CascadePasses, QualityFlag, Uncertainty
 from service.schemas.runs import ModelPointer, Progress, RunError
+
+AXES: tuple[Axis, ...] = ("i", "j", "k")
 
 
 class InferenceCreate(Ask):
@@ -60,6 +63,12 @@ class SegmentationCreate(InferenceCreate):
                     "model": "models:/liver-tumour@champion",
                     "formats": ["dicom-seg", "dicom-sr", "rtstruct"],
                 },
+                {
+                    "volume_id": f"vol_{HEX}",
+                    "model": "models:/liver-tumour@champion",
+                    "flips": ["i"],
+                    "uncertainty": True,
+                },
             ]
         },
     )
@@ -68,11 +77,28 @@ class SegmentationCreate(InferenceCreate):
         DEFAULT_FORMATS,
         description="Made beside the NIfTI mask where the scan was sent as DICOM.",
     )
+    flips: StrictBool | Annotated[tuple[Axis, ...], Field(max_length=3)] = Field(
+        False,
+        description="Mean of the probabilities over the scan's mirror images along these axes of "
+        "RAS+, and all combinations of them: 2, 4 or 8 times the work. `true` is all three.",
+    )
+    uncertainty: bool = Field(
+        False, description="Also make a map of the entropy, `GET .../uncertainty`."
+    )
+
+    @property
+    def flip_axes(self) -> tuple[Axis, ...]:
+        """The axes, in order."""
+        if isinstance(self.flips, bool):
+            return AXES if self.flips else ()
+        return tuple(axis for axis in AXES if axis in self.flips)
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         if len(set(self.formats)) != len(self.formats):
             raise ValueError("a format stands there twice")
+        if not isinstance(self.flips, bool) and len(set(self.flips)) != len(self.flips):
+            raise ValueError("an axis stands there twice")
         return self
 
 
@@ -193,6 +219,17 @@ class NotMade(Answer):
     detail: str
 
 
+class Preflight(Answer):
+    """What the segmentation was expected to take, before it began."""
+
+    predicted_bytes: int = Field(description="Memory beside the loaded model; an upper bound.")
+    available_bytes: int | None = Field(description="Null where nothing told.")
+    predicted_s: float
+    degraded: tuple[Literal["smaller_batch", "column_blocks"], ...] = Field(
+        (), description="What was given up so that it fits; the labels are the same."
+    )
+
+
 class SegmentationResult(Answer):
     """What was found; the mask and the preview are files of their own."""
 
@@ -211,7 +248,16 @@ class SegmentationResult(Answer):
     filled_voxels: dict[str, int] = Field(
         default_factory=dict, description="Of each label: holes, which were background."
     )
-    num_windows: int | None = None
+    num_windows: int | None = Field(
+        None, description="Of all passes; a window counts once for each of its mirror images."
+    )
+    flips: tuple[Axis, ...] = Field((), description="Axes of the mirror images.")
+    cascade: CascadePasses | None = Field(
+        None, description="Null for a model that looks at a scan in one pass."
+    )
+    uncertainty: Uncertainty | None = None
+    quality: QualityFlag | None = None
+    preflight: Preflight | None = None
     provider: str | None = Field(None, description="Of onnxruntime, as it really was.")
     certificate: Certificate | None = Field(None, description="Of the NIfTI mask.")
     files: tuple[ResultFile, ...] = ()
@@ -250,6 +296,27 @@ class Segmentation(Inference):
                         },
                         "removed_voxels": {"liver": 211, "tumour": 12},
                         "filled_voxels": {"liver": 8, "tumour": 0},
+                        "num_windows": 24,
+                        "flips": [],
+                        "cascade": {
+                            "organ": "liver",
+                            "coarse_voxels": [90, 90, 75],
+                            "organ_ml": 1502.7,
+                            "box_voxels": [152, 131, 118],
+                            "num_windows": {"coarse": 4, "fine": 20},
+                            "fallback": None,
+                            "is_cut": False,
+                        },
+                        "uncertainty": {
+                            "mean_foreground_entropy": 0.061,
+                            "label_entropies": {"liver": 0.058, "tumour": 0.34},
+                            "map": None,
+                        },
+                        "quality": {
+                            "flag": "ok",
+                            "reasons": [],
+                            "max_foreground_entropy": 0.11,
+                        },
                         "provider": "CPUExecutionProvider",
                         "certificate": _CERTIFICATE,
                         "files": [

@@ -11,6 +11,7 @@ from models.bundle import BundleError
 from models.predict import Stopped, embed, segment
 from models.preprocess import prepare
 from models.session import open_session
+from models.tiling import Windows
 
 
 def phantom(shape, spacing, seed=0):
@@ -126,6 +127,36 @@ def test_windows_of_air_are_run_once_and_change_nothing(make_bundle, random_conv
     assert counting.num_windows < result.num_windows / 3
     assert counting_full.num_windows == control.num_windows == result.num_windows
     assert (result.labels == control.labels).mean() > 0.999
+
+
+@pytest.mark.parametrize("num_blocks", [2, 5, 1000])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 2.6, 1.5), (2.0, 0.4, 0.8)])
+def test_columns_in_blocks_give_the_same_labels(
+    make_bundle, random_conv_model, num_blocks, spacing
+):
+    session = open_session(make_bundle(random_conv_model, labels=("a", "b")), num_threads=1)
+    volume, _ = phantom((20, 44, 26), spacing)
+
+    whole = segment(session, volume)
+    parts = segment(session, volume, num_blocks=num_blocks)
+
+    assert parts.num_windows > whole.num_windows
+    assert len(np.unique(whole.labels)) > 1
+    assert (parts.labels == whole.labels).mean() > 0.9999  # but for rounding
+    # The control: a block computed without its neighbours' windows differs by more.
+    alone = segment(session, Volume(volume.voxels[:, :22], volume.affine)).labels
+    assert (alone == whole.labels[:, :22]).mean() < 0.9999
+
+
+def test_windows_of_any_size_and_overlap_may_be_asked_for(segmenter):
+    volume, inside = phantom((40, 33, 25), (1.0, 1.0, 1.0))
+    sizes = [Windows((16, 16, 8), 0.25, 4), Windows((40, 48, 8), 0.0), Windows((8, 8, 8), 0.5, 3)]
+
+    results = [segment(segmenter, volume, windows=windows) for windows in sizes]
+
+    assert len({result.num_windows for result in results}) == 3
+    for result in results:
+        np.testing.assert_array_equal(result.labels, inside)
 
 
 def test_progress_ends_at_all_windows(segmenter):

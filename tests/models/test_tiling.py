@@ -5,7 +5,7 @@ from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 
 from imaging.volume import Grid
-from models.blend import Counter, blended_slabs
+from models.blend import Counter, Slab, blended_slabs
 from models.preprocess import Prepared
 from models.session import open_session
 from models.tiling import axis_starts, gaussian_weights, window_starts
@@ -82,9 +82,10 @@ def test_the_blend_of_a_network_equals_monais(
         cval=background,
     )[0].numpy()
 
-    slabs = list(
-        blended_slabs(session, Prepared(array, Grid(shape, np.eye(4)), background), Counter())
-    )
+    prepared = Prepared(array, Grid(shape, np.eye(4)), background)
+    slabs = [
+        Slab(slab.first, slab.logits.copy()) for slab in blended_slabs(session, prepared, Counter())
+    ]
 
     assert [slab.first for slab in slabs] == list(
         np.cumsum([0] + [slab.logits.shape[-1] for slab in slabs])[:-1]

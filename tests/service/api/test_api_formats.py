@@ -110,7 +110,11 @@ def test_an_unknown_format_is_an_invalid_request(api, done):
 
 
 def test_the_result_shows_its_files_with_certificates(api, done):
-    assert api("GET", f"/segmentations/{done}").json()["result"] == {**RESULT, "num_windows": None}
+    assert api("GET", f"/segmentations/{done}").json()["result"] == {
+        **RESULT,
+        "num_windows": None,
+        "preflight": None,
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""Bundles for the inference benchmarks: an untrained segmenter of any width, and a trained one.
+
+The trained one learns the liver from CT of the shared folder, of which the scan that is measured is
+left out; without the folder it learns from phantoms. It is kept in a git-ignored folder and made
+once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from imaging import phantom
+from models import bundle
+from models.bundle import Lineage, Manifest, TensorSpec
+from models.networks.unet3d import UNet3d, fold
+from models.recipe import FinetuneRecipe, Preprocessing, Size, Window
+from models.recipe import UNet3d as Network
+from models.recipe.finetune import SplitShares
+from trainer import export, finetune
+from trainer.data.scans import discover
+from trainer.report import Human
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "ct_liver_btcv"
+HELD_OUT = "btcv_01"
+"""The scan that is measured, and never learned from."""
+PATCH: Size = (96, 96, 64)
+SPACING_MM = (2.0, 2.0, 2.0)
+LIVER_IN_BTCV = 6
+
+
+def untrained(
+    folder: Path,
+    *,
+    width: int,
+    labels: tuple[str, ...] = ("liver", "tumour"),
+    patch: Size = PATCH,
+    spacing_mm: tuple[float, float, float] = SPACING_MM,
+    overlap: float = 0.5,
+) -> Path:
+    """A segmenter with random weights, exported fused; for memory and time."""
+    torch.manual_seed(0)
+    network = UNet3d(out_channels=1 + len(labels), base_width=width, norm="group").eval()
+    spatial = ("batch", 1, "8*i8", "8*j8", "8*k8")
+    preprocessing = Preprocessing(
+        spacing_mm=spacing_mm, intensity=Window(low_hu=-125.0, high_hu=275.0)
+    )
+    manifest = Manifest(
+        kind="segmenter",
+        labels=labels,
+        inputs=(TensorSpec(name="image", shape=spatial),),
+        outputs=(TensorSpec(name="logits", shape=("batch", 1 + len(labels), *spatial[2:])),),
+        preprocessing=preprocessing,
+        patch_size=patch,
+        overlap=overlap,
+        recipe=FinetuneRecipe(
+            network=Network(base_width=width),
+            labels={name: value for value, name in enumerate(labels, start=1)},
+            preprocessing=preprocessing,
+            patch_size=patch,
+        ),
+        lineage=Lineage(
+            dataset_digest="0" * 64,
+            seed=0,
+            num_steps=0,
+            code_version="benchmark",
+            torch_version=torch.__version__,
+        ),
+        parity=(),
+        created_at=datetime.now(UTC),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / bundle.MODEL
+        export.to_onnx(fold(network), model, manifest, bundle.onnx_metadata(manifest))
+        bundle.save(folder, manifest, {bundle.MODEL: model}, "# Benchmark\n")
+    return folder
+
+
+def trained(cache: Path, *, width: int, num_steps: int, threads: int) -> Path:
+    """A segmenter of the liver, learned once and kept under `cache`; see the module."""
+    is_real = SHARED.is_dir()
+    out = cache / f"{'btcv' if is_real else 'phantom'}-w{width}-s{num_steps}"
+    if (out / "bundle").is_dir():
+        return out / "bundle"
+    scans = _real_scans(cache) if is_real else _phantoms(cache)
+    recipe = FinetuneRecipe(
+        network=Network(base_width=width),
+        labels={"liver": LIVER_IN_BTCV if is_real else phantom.LIVER},
+        unlisted_labels="background",
+        preprocessing=Preprocessing(
+            spacing_mm=SPACING_MM, intensity=Window(low_hu=-125.0, high_hu=275.0)
+        ),
+        patch_size=PATCH,
+        batch_size=1,
+        learning_rate=2e-3,
+        schedule="cosine",
+        num_steps=num_steps,
+        validate_every=num_steps,
+        checkpoint_every=60,
+        log_every=20,
+        split=SplitShares(train=0.86, val=0.14, test=0.0),
+        overlap=0.25,
+    )
+    torch.set_num_threads(threads)
+    return finetune.run(
+        recipe,
+        discover(scans, channels=recipe.channels, shares=recipe.split),
+        out,
+        Human(),
+        device=torch.device("cpu"),
+        should_stop=lambda: False,
+    )
+
+
+def _real_scans(cache: Path) -> Path:
+    """A folder of links to all scans but the one that is measured."""
+    folder = cache / "scans"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in SHARED.glob("*.nii.gz"):
+        link = folder / path.name
+        if not path.name.startswith(HELD_OUT) and not link.is_symlink():
+            link.symlink_to(path)
+    return folder
+
+
+def _phantoms(cache: Path) -> Path:
+    folder = cache / "phantoms"
+    for seed in range(1, 9):
+        made = phantom.make(seed)
+        phantom.write_pair(made, folder, f"phantom_{seed:02d}")
+    return folder
