@@ -94,7 +94,7 @@ def speed(asked: argparse.Namespace, device: torch.device) -> Result:
     )
     session = open_session(folder, device=asked.device, num_threads=asked.threads)
     name, volume, truth = _scan(session.manifest, is_tiny=asked.smoke)
-    _, patch = volume_input(session.manifest)
+    patch = volume_input(session.manifest)[1] if asked.smoke else bundles.PATCH
     monai = _Monai(folder, session.manifest, patch, device)
     work: dict[str, Callable[[], Labels]] = {"monai": lambda: monai.segment(volume)}
     if asked.study:

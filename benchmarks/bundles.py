@@ -24,7 +24,14 @@ from trainer import export, finetune
 from trainer.data.scans import discover
 from trainer.report import Human
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "ct_liver_btcv"
+SHARED = next(
+    (
+        folder
+        for above in Path(__file__).parents
+        if (folder := above / "shared" / "data" / "ct_liver_btcv").is_dir()
+    ),
+    Path("no shared folder"),
+)
 HELD_OUT = "btcv_01"
 """The scan that is measured, and never learned from."""
 PATCH: Size = (96, 96, 64)

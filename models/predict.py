@@ -120,7 +120,7 @@ def segment(
     labels = np.zeros(volume.shape, dtype=np.uint8)
     if plan is not None:
         windows, num_blocks = plan.windows, plan.num_blocks
-    windows = windows or serving_windows(session.manifest)
+    windows = windows or serving_windows(session.manifest, source.grid.shape)
     parts = blocks(source.grid, volume.grid, num_blocks)
     layouts = [Layout.of(source.grid.shape, windows, part.source) for part in parts]
     counter = Counter(progress, should_stop, sum(layout.num_windows for layout in layouts))
