@@ -24,7 +24,14 @@ from trainer import export, finetune
 from trainer.data.scans import discover
 from trainer.report import Human
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "ct_liver_btcv"
+SHARED = next(
+    (
+        folder
+        for above in Path(__file__).parents
+        if (folder := above / "shared" / "data" / "ct_liver_btcv").is_dir()
+    ),
+    Path("no shared folder"),
+)
 HELD_OUT = "btcv_01"
 """The scan that is measured, and never learned from."""
 PATCH: Size = (96, 96, 64)
@@ -42,8 +49,7 @@ def untrained(
     overlap: float = 0.5,
 ) -> Path:
     """A segmenter with random weights, exported fused; for memory and time."""
-    torch.manual_seed(0)
-    network = UNet3d(out_channels=1 + len(labels), base_width=width, norm="group").eval()
+    network = random_network(width, len(labels))
     spatial = ("batch", 1, "8*i8", "8*j8", "8*k8")
     preprocessing = Preprocessing(
         spacing_mm=spacing_mm, intensity=Window(low_hu=-125.0, high_hu=275.0)
@@ -77,6 +83,14 @@ def untrained(
         export.to_onnx(fold(network), model, manifest, bundle.onnx_metadata(manifest))
         bundle.save(folder, manifest, {bundle.MODEL: model}, "# Benchmark\n")
     return folder
+
+
+def random_network(width: int, num_labels: int, *, fused: bool = True) -> UNet3d:
+    """The same random weights every time, in eval mode."""
+    torch.manual_seed(0)
+    out_channels = 1 + num_labels
+    network = UNet3d(out_channels=out_channels, base_width=width, norm="group", fused=fused)
+    return network.eval()
 
 
 def trained(cache: Path, *, width: int, num_steps: int, threads: int) -> Path:

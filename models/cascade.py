@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -40,7 +40,7 @@ from models.predict import Clock, Segmentation, fill, finish, require_segmenter
 from models.preflight import Preflight
 from models.preprocess import preparation
 from models.session import OnnxSession
-from models.tiling import window_starts
+from models.tiling import Windows, window_starts
 from models.uncertainty import EntropyMeter, Judgement, Uncertainty, judged
 
 Float32Array = NDArray[np.float32]
@@ -123,26 +123,26 @@ def segment_case(
     """
     manifest = session.manifest
     require_segmenter(manifest)
-    spec, _ = volume_input(manifest)
-    windows = plan.windows if plan is not None else serving_windows(manifest)
+    spec, patch = volume_input(manifest)
     clock = Clock()
     num_views = 2 ** len(flips)
     grid = resampled_grid(volume.grid, spec.spacing_mm)
     part, found, num_coarse = box.whole(grid.shape), None, 0
     if manifest.cascade is not None:
         finder = _finder(session, coarse)
-        later = num_views * len(window_starts(grid.shape, windows.size, windows.overlap))
+        later = num_views * len(window_starts(grid.shape, patch, manifest.overlap))
         with clock.stage("coarse"):
             found, num_coarse = _look(
                 finder,
                 volume,
                 manifest.cascade,
                 grid=grid,
-                at_least=windows.size,
+                at_least=patch,
                 counter=Counter(_with_more(progress, later=later), should_stop),
             )
         part = found.box or part
 
+    windows = _fine_windows(manifest, plan, part.shape, grid.shape)
     looking = with_flips(session, flips)
     counter = Counter(_with_more(progress, before=num_coarse, times=num_views), should_stop)
     with clock.stage("preprocess"):
@@ -268,6 +268,17 @@ def _look(
     if found is not None:
         found = box.at_least(found, at_least, grid.shape)
     return _Found(source.grid.shape, organ_ml, found), counter.total
+
+
+def _fine_windows(manifest: Manifest, plan: Preflight | None, part: Shape, whole: Shape) -> Windows:
+    """Windows fitted to a part of the grid, within the memory planned for the whole of it."""
+    if plan is not None and part == whole:
+        return plan.windows
+    windows = serving_windows(manifest, part)
+    if plan is None:
+        return windows
+    num_at_once = plan.windows.batch * math.prod(plan.windows.size) // math.prod(windows.size)
+    return replace(windows, batch=num_at_once) if num_at_once else plan.windows
 
 
 def _concerns(manifest: Manifest, segmentation: Segmentation, passes: Passes | None) -> list[str]:

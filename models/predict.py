@@ -121,7 +121,7 @@ def segment(
     labels = np.zeros(volume.shape, dtype=np.uint8)
     if plan is not None:
         windows, num_blocks = plan.windows, plan.num_blocks
-    windows = windows or serving_windows(session.manifest)
+    windows = windows or serving_windows(session.manifest, source.grid.shape)
     counter = Counter(progress, should_stop)
     fill(
         session,
@@ -165,7 +165,7 @@ def fill(
         num_blocks: As in `segment`.
         watch: Shown all blended logits, each voxel once.
     """
-    windows = windows or serving_windows(session.manifest)
+    windows = windows or serving_windows(session.manifest, source.grid.shape)
     parts = blocks(source.grid, target, num_blocks)
     layouts = [Layout.of(source.grid.shape, windows, part.source) for part in parts]
     counter.total = sum(layout.num_windows for layout in layouts)

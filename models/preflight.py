@@ -102,10 +102,10 @@ def plan(
         BundleError: `insufficient_memory`, or what `OnnxSession.run` raises.
     """
     pace = pace_of(session)
-    if windows is None:
-        windows = serving_windows(session.manifest)
-        windows = replace(windows, batch=batch_size(windows.size))
     job = _Job.of(session, volume, pace, available_bytes)
+    if windows is None:
+        windows = serving_windows(session.manifest, job.source.shape)
+        windows = replace(windows, batch=batch_size(windows.size))
     first = job.with_sums_below(windows, SLAB_BYTES)
     found, degraded = first, []
     if not found.fits and windows.batch > 1:
