@@ -45,7 +45,9 @@ def test_clean_views_of_the_paper_are_the_same() -> None:
 def test_clean_views_with_the_official_transforms_are_the_same() -> None:
     ours, theirs = clean_of_both(recipes()["official"])
 
-    assert np.abs(ours - theirs)[:, *INNER].max() < 2e-3
+    difference = np.abs(ours - theirs)[:, *INNER]
+    assert difference.mean() < 1e-4
+    assert difference.max() < 5e-3  # two passes of linear interpolation for one of trilinear
     assert np.abs(ours - theirs[::-1])[:, *INNER].max() > 0.1
 
 

@@ -1,8 +1,8 @@
 """Views from crops: the numbers are drawn first, then applied to the whole batch on the device.
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
-plane (one 2D interpolation with the slices as channels), or about all axes with a scaling (one 3D
-interpolation). The corrupted view is the clean one painted (boolean boxes) and blurred (one matrix
+plane (one 2D interpolation with the slices as channels), or about all axes with a scaling (along K,
+then in each slice). The corrupted view is the clean one painted (boolean boxes) and blurred (one matrix
 an axis), in the order in which the paper lists them. The blur has its own matrices because the
 clean view, the target, must not have it.
 
@@ -144,7 +144,7 @@ def make_clean(
 ) -> Tensor:
     """Cut, resize, flip and rotate one view of every pair, float32 (B, 1, I, J, K)."""
     device = volumes.device
-    out = _by_voxel(torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device))
+    slices = torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device)
     sizes = pairs.size[:, view]
     for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
         size: Size = recipe.crop_sizes[index]
@@ -165,25 +165,31 @@ def make_clean(
                 resized = _resize(crop, in_plane, along_k)
                 signed = torch.where(flips, -1, 1) * to_device(geometry.scales[at], device)
                 moved = affine.rotate_and_scale(resized, angles, signed)
-            out[to_device(at, device)] = moved
-    return out[:, None]
+            slices.index_copy_(0, to_device(at, device), _by_slice(moved))
+    return _by_voxel(slices)[:, None]
 
 
 def corrupt(
-    clean: Tensor, corruption: Corruption, random: torch.Generator, *, skip: int = 0
+    clean: Tensor,
+    corruption: Corruption,
+    random: torch.Generator,
+    *,
+    skip: int = 0,
+    in_place: bool = False,
 ) -> Tensor:
     """Paint with uniform noise, then blur, (B, 1, I, J, K).
 
     Args:
-        clean: (B, 1, I, J, K); not changed.
+        clean: (B, 1, I, J, K).
         corruption: What was drawn.
         random: Of the noise, on the views' device.
         skip: Views whose noise is drawn and dropped first: those of lower ranks.
+        in_place: Write over `clean`, as fresh memory for a batch costs more than the writing.
     """
     uniform_noise((skip, *clean.shape[1:]), random)
     sigma = to_device(corruption.blur_sigma, clean.device)
     blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
-    out = torch.empty(clean.shape, device=clean.device)
+    out = clean if in_place else torch.empty(clean.shape, device=clean.device)
     at_once = _at_once(clean.device, len(clean))
     for start in range(0, len(clean), at_once):
         part = slice(start, start + at_once)
@@ -204,7 +210,7 @@ def uniform_noise(shape: Sequence[int], random: torch.Generator) -> Tensor:
     num = math.prod(shape)
     drawn = torch.empty(math.ceil(num / 4), dtype=torch.int64, device=random.device)
     bits = drawn.random_(-(2**63), None, generator=random).view(torch.int16)
-    return ((bits[:num].float() + 32768.5) / 65536).reshape(tuple(shape))
+    return bits[:num].float().add_(32768.5).div_(65536).reshape(tuple(shape))
 
 
 def noise_share(
@@ -315,7 +321,11 @@ def _resize(crop: Tensor, in_plane: tuple[Tensor, Tensor] | None, along_k: Tenso
     slices = (along_k @ _by_slice(crop).flatten(2)).reshape(batch, -1, i, j)  # (B, K, I, J)
     if in_plane is not None:
         along_i, along_j = in_plane
-        slices = along_i @ (slices @ along_j.mT)
+        slices = slices @ along_j.mT
+        # One product a slice: `@` of a matrix with a batch copies the batch before and after.
+        each = along_i.expand(slices.shape[0] * slices.shape[1], -1, -1)
+        product = torch.bmm(each, slices.flatten(0, 1))
+        slices = product.reshape(*slices.shape[:2], *product.shape[1:])
     return _by_voxel(slices)
 
 

@@ -43,10 +43,10 @@ class Windows:
 
     Attributes:
         counts: Windows of each of `extents(shape)`, together S * N.
-        view: Whose window each is, int64 (S * N,).
-        rank: Its turn in that view, 0 to N - 1, int64 (S * N,).
-        start: Its first voxel, int64 (S * N, 3).
-        order: Which order of its extent it takes, int64 (S * N,).
+        view: Whose window each is, int32 (S * N,).
+        rank: Its turn in that view, 0 to N - 1, int32 (S * N,).
+        start: Its first voxel, int32 (S * N, 3).
+        order: Which order of its extent it takes, int32 (S * N,).
     """
 
     counts: list[int]
@@ -72,7 +72,7 @@ def shuffle_some(
     """
     _, _, i, j, k = views[0].shape
     shape, device = (i, j, k), views[0].device
-    orders = draw_orders(shape, on_device)
+    offsets = _offsets_read(shape, draw_orders(shape, on_device), NUM_WINDOWS)
     shuffled = []
     for batch, is_chosen in zip(views, chosen, strict=True):
         flat = _flattened(batch)
@@ -81,9 +81,10 @@ def shuffle_some(
         at_once = AT_ONCE if device.type == "cpu" else len(every)
         for at in torch.split(every, at_once) if len(every) else ():
             windows = draw_windows(shape, len(at), on_host, on_device)
-            read_from = _read_from(windows, orders, shape, num_views=len(at))
+            read_from = _read_from(windows, offsets, shape, num_views=len(at))
             there = to_device(at, device)
-            copy.index_copy_(0, there, flat.index_select(0, there).gather(1, read_from))
+            moved = flat.index_select(0, there).flatten().index_select(0, read_from)
+            copy.index_copy_(0, there, moved.reshape(len(at), -1))
         shuffled.append(_as_views(copy, shape))
     return shuffled
 
@@ -118,26 +119,29 @@ def draw_windows(
     """
     every, device, total = extents(shape), on_device.device, num_views * num_windows
     counts = torch.randint(len(every), (total,), generator=on_host).bincount(minlength=len(every))
-    places = torch.tensor(shape) - torch.tensor(every) + 1  # (E, 3), along each axis
+    places = (torch.tensor(shape) - torch.tensor(every) + 1).float()  # (E, 3), along each axis
     per_window = torch.repeat_interleave(
         to_device(places, device), to_device(counts, device), dim=0, output_size=total
     )
-    dealt = torch.randperm(total, generator=on_device, device=device)
+    dealt = torch.randperm(total, generator=on_device, device=device, dtype=torch.int32)
+    rank = dealt % max(num_windows, 1)
     u = torch.rand(total, 3, generator=on_device, device=device)
     return Windows(
         counts=counts.tolist(),
         view=dealt // max(num_windows, 1),
-        rank=dealt % max(num_windows, 1),
-        start=(u * per_window).long(),
-        order=torch.randint(NUM_ORDERS, (total,), generator=on_device, device=device),
+        rank=rank,
+        start=(u * per_window).int(),
+        order=rank % NUM_ORDERS,  # turns are dealt at random, so this is
     )
 
 
 def shuffle_pixels(views: Tensor, windows: Windows, orders: Sequence[Tensor]) -> Tensor:
     """Shuffle every view, (S, 1, I, J, K)."""
     _, _, i, j, k = views.shape
-    read_from = _read_from(windows, orders, (i, j, k), num_views=len(views))
-    return _as_views(_flattened(views).gather(1, read_from), (i, j, k))
+    num_windows = len(windows.rank) // len(views)
+    offsets = _offsets_read((i, j, k), orders, num_windows)
+    read_from = _read_from(windows, offsets, (i, j, k), num_views=len(views))
+    return _as_views(_flattened(views).flatten().index_select(0, read_from), (i, j, k))
 
 
 def _flattened(views: Tensor) -> Tensor:
@@ -150,31 +154,49 @@ def _as_views(flat: Tensor, shape: Shape) -> Tensor:
     return flat.reshape(-1, k, i, j).permute(0, 2, 3, 1)[:, None]
 
 
-def _read_from(
-    windows: Windows, orders: Sequence[Tensor], shape: Shape, *, num_views: int
-) -> Tensor:
-    """Voxel of the same view that each voxel takes its value from, int64 (S, K * I * J)."""
-    i, j, k = shape
-    num_voxels, device = i * j * k, windows.start.device
-    low_bits = (num_voxels - 1).bit_length()
-    num_windows = len(windows.rank) // num_views
+def _offsets_read(
+    shape: Shape, orders: Sequence[Tensor], num_windows: int
+) -> tuple[Tensor, ...]:
+    """For each extent and order the voxels that a window reads, from its first one, (P, n)."""
     # Half the bytes where they suffice: at 64x64x32 and 10,000 windows they just do.
-    dtype = torch.int32 if (num_windows + 1) << low_bits <= 2**31 else torch.int64
+    fits = (num_windows + 1) << _low_bits(shape) <= 2**31
+    dtype = torch.int32 if fits else torch.int64
+    boxes = _boxes(shape, orders[0].device)
+    return tuple(box[order].to(dtype) for box, order in zip(boxes, orders, strict=True))
+
+
+def _low_bits(shape: Shape) -> int:
+    """Bits that hold the number of any voxel of a view."""
+    i, j, k = shape
+    return (i * j * k - 1).bit_length()
+
+
+def _read_from(
+    windows: Windows, offsets: Sequence[Tensor], shape: Shape, *, num_views: int
+) -> Tensor:
+    """Voxel that each voxel takes its value from, counted through all views, (S * K * I * J,)."""
+    i, j, k = shape
+    num_voxels, device, dtype = i * j * k, windows.start.device, offsets[0].dtype
+    low_bits = _low_bits(shape)
 
     at_i, at_j, at_k = windows.start.unbind(dim=1)
     corner = (at_k * i + at_i) * j + at_j
-    ranked = (((windows.rank + 1) << low_bits) + corner).to(dtype)
-    written = windows.view * num_voxels + corner
+    ranked = ((windows.rank + 1).to(dtype) << low_bits) + corner
+    written = windows.view.long() * num_voxels + corner  # `scatter_reduce_` takes int64 alone
     per_window = (torch.split(x, windows.counts) for x in (ranked, written, windows.order))
 
     winner = torch.arange(num_voxels, dtype=dtype, device=device).repeat(num_views)
-    for box, order, rank_and_corner, first, pick in zip(
-        _boxes(shape, device), orders, *per_window, strict=True
+    for box, reads_of, rank_and_corner, first, pick in zip(
+        _boxes(shape, device), offsets, *per_window, strict=True
     ):
-        reads = box[order].to(dtype).index_select(0, pick).add_(rank_and_corner[:, None])
+        reads = reads_of.index_select(0, pick).add_(rank_and_corner[:, None])
         writes = first[:, None] + box
         winner.scatter_reduce_(0, writes.flatten(), reads.flatten(), "amax")
-    return (winner & ((1 << low_bits) - 1)).long().reshape(num_views, num_voxels)
+    read_from = winner.bitwise_and_((1 << low_bits) - 1).reshape(num_views, num_voxels)
+    if num_views * num_voxels > 2**31:
+        read_from = read_from.long()
+    first_of_view = torch.arange(num_views, device=device, dtype=read_from.dtype) * num_voxels
+    return read_from.add_(first_of_view[:, None]).flatten()
 
 
 @functools.cache

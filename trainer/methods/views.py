@@ -133,7 +133,11 @@ def _pairs_of_crops(
     corruptions = [take(augment.draw_corruption(crops, kind, painting), rows) for _ in range(2)]
     spoiled = [
         augment.corrupt(
-            view, corruption, generator(seed, step, f"noise {which}", device), skip=skip
+            view,
+            corruption,
+            generator(seed, step, f"noise {which}", device),
+            skip=skip,
+            in_place=sharp is not clean,
         )
         for which, (view, corruption) in enumerate(zip(sharp, corruptions, strict=True))
     ]
