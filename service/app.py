@@ -16,11 +16,13 @@ from service import db, schemas
 from service.envelope import Envelope
 from service.errors import install_handlers, log_unexpected, problem, request_id_of
 from service.routers import (
+    batches,
     datasets,
     deps,
     embeddings,
     health,
     models,
+    releases,
     runs,
     segmentations,
     uploads,
@@ -44,8 +46,10 @@ ROUTERS = (
     datasets.router,
     runs.router,
     models.router,
+    releases.router,
     segmentations.router,
     embeddings.router,
+    batches.router,
 )
 
 
