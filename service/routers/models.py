@@ -161,7 +161,7 @@ def set_alias(
     expected = expected_revision(session, name, alias, if_match)
     version = registry.get_version(session, name, ask.version)
     reason = ask.override_reason
-    if reason is not None and caller.role < Role.ADMIN:
+    if reason is not None and not caller.role.covers(Role.ADMIN):
         raise ServiceError(403, "forbidden", "only an admin moves an alias against the gate")
     unmet = gate.require(session, version, may_override=reason is not None)
     row = registry.set_alias(
