@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from service import runs
+from service import db, runs
 
 FAILED = {"code": "host_out_of_memory", "detail": "the worker ran out of memory"}
 
@@ -73,7 +73,7 @@ def test_a_single_request_goes_before_the_scans_of_an_older_batch(api, world, da
         while (lease := runs.claim(session, None, "inference", "t")) is not None:
             order.append(lease.run_id)
             runs.started(session, lease)
-            runs.finish(session, lease, "failed", outcome="error", error=FAILED)
+            runs.finish(session, lease, db.RunState.FAILED, outcome="error", error=FAILED)
 
     assert order.index(single) < min(order.index(one["run_id"]) for one in items(api, batch))
 
