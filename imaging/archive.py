@@ -168,6 +168,11 @@ class Member:
         self._budget = budget
 
     @property
+    def name(self) -> str:
+        """As the directory has it: to tell parts apart, never a path to write to."""
+        return self._entry.filename
+
+    @property
     def declared_bytes(self) -> int:
         """Unpacked size as the directory has it: a hint, not to be trusted."""
         return self._entry.file_size

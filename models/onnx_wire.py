@@ -14,6 +14,9 @@ from collections.abc import Iterator, Mapping
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_METADATA = 14
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+_NODE_OP_TYPE, _NODE_DOMAIN = 4, 7
+_OWN_DOMAINS = frozenset({"", "ai.onnx"})
+_LOOPS = frozenset({"Loop", "Scan", "SequenceMap"})
 
 # message -> field number -> message in that field (onnx.proto)
 _PATHS: dict[str, dict[int, str]] = {
@@ -74,6 +77,39 @@ def _has_external_data(message: memoryview, kind: str) -> bool:
         for field, value in _fields(message)
         if field in paths and isinstance(value, memoryview)
     )
+
+
+def refused_operators(model: bytes) -> list[str]:
+    """Operators of a model that an import does not let in, by name, each once.
+
+    Those of other domains than ONNX's own run code that only some runtimes have; loops run for as
+    long as their numbers say; functions of the file's own hide both.
+
+    Raises:
+        ValueError: The bytes are no protobuf message.
+    """
+    return sorted(set(_refused(memoryview(model), "Model")))
+
+
+def _refused(message: memoryview, kind: str) -> Iterator[str]:
+    if kind == "Node":
+        texts = {
+            field: bytes(value).decode("utf-8", "replace")[:60]
+            for field, value in _fields(message)
+            if field in (_NODE_OP_TYPE, _NODE_DOMAIN) and isinstance(value, memoryview)
+        }
+        op_type, domain = texts.get(_NODE_OP_TYPE, ""), texts.get(_NODE_DOMAIN, "")
+        if domain not in _OWN_DOMAINS:
+            yield f"{domain}:{op_type}"
+        elif op_type in _LOOPS:
+            yield op_type
+    paths = _PATHS.get(kind, {})
+    for field, value in _fields(message):
+        if field in paths and isinstance(value, memoryview):
+            if paths[field] == "Function":
+                yield "a function of the file's own"
+            elif paths[field] not in ("Tensor", "SparseTensor"):
+                yield from _refused(value, paths[field])
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

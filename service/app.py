@@ -16,12 +16,14 @@ from service import db, schemas
 from service.envelope import Envelope
 from service.errors import install_handlers, log_unexpected, problem, request_id_of
 from service.routers import (
+    batches,
     cascades,
     datasets,
     deps,
     embeddings,
     health,
     models,
+    releases,
     runs,
     segmentations,
     uploads,
@@ -46,8 +48,10 @@ ROUTERS = (
     runs.router,
     models.router,
     cascades.router,
+    releases.router,
     segmentations.router,
     embeddings.router,
+    batches.router,
 )
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service import cli_client, migrate
+from service import cli_client, cli_models, migrate
 from service.process import stop_with_parent
 from service.settings import Settings, get_settings
 
@@ -31,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
 )
 cli_client.add_commands(app)
+cli_models.add_groups(app)
 console = Console()
 
 

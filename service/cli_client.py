@@ -50,7 +50,7 @@ def upload(
     token: Secret = "",
 ) -> None:
     """Upload scans or label volumes; prints an id a line."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         for path in paths:
             with upload_progress(path) as advance:
                 volume = client.upload(
@@ -68,7 +68,7 @@ def dataset(
     token: Secret = "",
 ) -> None:
     """Make a dataset of uploaded volumes, split by subject; prints its id."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         pairs = [item.partition(":") for item in items]
         made = client.create_dataset(name, [(image, labels or None) for image, _, labels in pairs])
         console.print(made.id, highlight=False)
@@ -83,7 +83,7 @@ def pretrain(
     token: Secret = "",
 ) -> None:
     """Pretrain an encoder on a dataset's scans."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         run = client.pretrain(dataset_id, _json(recipe), model_name=model)
         _follow(client, run, wait=wait)
 
@@ -100,7 +100,7 @@ def finetune(
     token: Secret = "",
 ) -> None:
     """Fine-tune a segmentation model on a dataset's labels."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         run = client.finetune(dataset_id, _json(recipe), model_name=model, parent=parent)
         _follow(client, run, wait=wait)
 
@@ -111,7 +111,7 @@ def runs(
     token: Secret = "",
 ) -> None:
     """List runs, or show one."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         if run_id is not None:
             console.print_json(client.run(run_id).model_dump_json())
             return
@@ -129,13 +129,13 @@ def cancel(
     token: Secret = "",
 ) -> None:
     """Ask a run to stop."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         console.print(client.cancel(run_id).state)
 
 
 def models(url: Url = DEFAULT_URL, token: Secret = "") -> None:
     """List models with their versions and aliases."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         table = Table("model", "kind", "version", "aliases", "digest")
         for summary in client.models():
             model = client.model(summary.name)
@@ -159,7 +159,7 @@ def alias(
     token: Secret = "",
 ) -> None:
     """Point an alias at a version of a model."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         client.set_alias(model, name, version)
         console.print(f"models:/{model}@{name} is version {version}")
 
@@ -209,7 +209,7 @@ def segment(
     token: Secret = "",
 ) -> None:
     """Segment a volume; prints the volumes in ml."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         with run_progress("segment") as show:
             formats = None if format == "nifti" else (format,)
             made = client.segment(
@@ -221,7 +221,7 @@ def segment(
                 on_event=show,
             )
         if made.result is None:
-            _fail(made.error.code if made.error else made.state)
+            fail(made.error.code if made.error else made.state)
         console.print_json(made.result.model_dump_json())
         if mask is not None:
             client.download_mask(made.id, mask, format=format)
@@ -238,11 +238,11 @@ def embed(
     token: Secret = "",
 ) -> None:
     """Embed a volume; prints the vector as JSON."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         with run_progress("embed") as show:
             made = client.embed(volume_id, model, on_event=show)
         if made.result is None:
-            _fail(made.error.code if made.error else made.state)
+            fail(made.error.code if made.error else made.state)
         console.print(json.dumps(list(made.result.vector)), soft_wrap=True, highlight=False)
 
 
@@ -259,7 +259,7 @@ def similar(
 
     Prints rank, volume, cosine, modality and subject, with tabs between.
     """
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         found = client.similar(
             volume_id,
             model,
@@ -314,15 +314,15 @@ def run_progress(title: str) -> Iterator[Callable[[Event], None]]:
 
 
 @contextmanager
-def _client(url: str, token: str) -> Iterator[Client]:
+def talk(url: str, token: str) -> Iterator[Client]:
     """A client whose refusals end the command with one line."""
     if not token:
-        _fail("no token: set PCRL_TOKEN or give --token (`pcrl token NAME` makes one)")
+        fail("no token: set PCRL_TOKEN or give --token (`pcrl token NAME` makes one)")
     try:
         with Client(url, token) as client:
             yield client
     except ApiError as error:
-        _fail(f"{error.code}: {error.detail}")
+        fail(f"{error.code}: {error.detail}")
 
 
 def _follow(client: Client, run: Run, *, wait: bool) -> None:
@@ -332,7 +332,7 @@ def _follow(client: Client, run: Run, *, wait: bool) -> None:
     with run_progress(run.kind) as show:
         ended = client.wait(run.id, on_event=show)
     if ended.state != "succeeded":
-        _fail(f"{ended.state}: {ended.error.code}: {ended.error.detail}" if ended.error else "")
+        fail(f"{ended.state}: {ended.error.code}: {ended.error.detail}" if ended.error else "")
     if ended.model is not None:
         console.print(f"models:/{ended.model.name}/{ended.model.version}", highlight=False)
 
@@ -341,12 +341,13 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        _fail(f"{path}: {error}")
+        fail(f"{path}: {error}")
     if not isinstance(value, dict):
-        _fail(f"{path}: a recipe is a JSON object")
+        fail(f"{path}: a recipe is a JSON object")
     return value
 
 
-def _fail(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
+    """End the command with one line on the error output."""
     errors.print(message, style="red", highlight=False, soft_wrap=True)
     raise typer.Exit(os.EX_DATAERR)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -342,6 +343,91 @@ class Client:
         """Remove an alias."""
         self._once("DELETE", f"models/{name}/aliases/{alias}")
 
+    def alias_at(self, name: str, alias: str, at: datetime) -> schemas.Alias:
+        """Where an alias pointed at a time (aware)."""
+        params = {"at": at.isoformat()}
+        return self._get(f"models/{name}/aliases/{alias}", schemas.Alias, params)
+
+    def alias_history(self, name: str, alias: str) -> list[schemas.AliasMove]:
+        """Every move of an alias, newest first."""
+        return list(self._pages(f"models/{name}/aliases/{alias}/history", schemas.AliasMoves, {}))
+
+    def rollback(self, name: str, alias: str) -> schemas.Alias:
+        """Point an alias at the version before, unless somebody moves it at the same moment."""
+        path = f"models/{name}/aliases/{alias}"
+        seen = self._get(path, schemas.Alias)
+        headers = {"If-Match": f'"{seen.revision}"'}
+        answer = self._once("POST", f"{path}:rollback", headers=headers)
+        return schemas.Alias.model_validate_json(answer.content)
+
+    def set_golden_case(
+        self,
+        name: str,
+        case: str,
+        volume_id: str,
+        *,
+        labels_id: str | None = None,
+        labels: Sequence[Mapping[str, Any]] = (),
+        vector: Sequence[float] = (),
+        min_cosine: float = 0.999,
+    ) -> schemas.GoldenCase:
+        """Make or replace a golden case: labels (`{name, value, min_dice}`), or a vector."""
+        body = {
+            "volume_id": volume_id,
+            "labels_id": labels_id,
+            "labels": [dict(one) for one in labels],
+            "vector": list(vector),
+            "min_cosine": min_cosine,
+        }
+        answer = self._again("PUT", f"models/{name}/golden/{case}", json=body)
+        return schemas.GoldenCase.model_validate_json(answer.content)
+
+    def golden_cases(self, name: str) -> list[schemas.GoldenCase]:
+        """The golden cases of a model."""
+        return list(self._pages(f"models/{name}/golden", schemas.GoldenCases, {}))
+
+    def check_version(self, name: str, version: int, *, wait: bool = True) -> schemas.Run:
+        """Hold a version to the golden cases, and wait for the end unless told otherwise."""
+        run = self._create(f"models/{name}/versions/{version}:check", {}, schemas.Run)
+        return self.wait(run.id) if wait else run
+
+    def version_checks(self, name: str, version: int) -> list[schemas.VersionCheck]:
+        """The newest checks of a version."""
+        path = f"models/{name}/versions/{version}/checks"
+        return list(self._pages(path, schemas.VersionChecks, {}))
+
+    def import_model(
+        self,
+        path: Path,
+        name: str,
+        *,
+        wait: bool = True,
+        on_event: OnEvent | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> schemas.Run:
+        """Send a model from elsewhere (zip or tar) to become a version of `name`.
+
+        Args:
+            path: A bundle as `download_bundle` saves it, or `model.onnx` with `manifest.json`.
+            name: What it becomes a version of.
+            wait: Return when it was opened and registered, or refused.
+            on_event: Told every event.
+            on_progress: Told the number of bytes that were sent.
+        """
+        answer = self._once(
+            "POST",
+            "/models:import",
+            params={"name": name},
+            content=_chunks(path, on_progress),
+            headers={
+                "Content-Type": "application/octet-stream",
+                "Content-Length": str(path.stat().st_size),
+            },
+            timeout=self._reading_timeout,
+        )
+        run = schemas.Run.model_validate_json(answer.content)
+        return self.wait(run.id, on_event) if wait else run
+
     def download_bundle(self, name: str, version: int, path: Path) -> None:
         """Save a model as a zip archive."""
         self._download(f"models/{name}/versions/{version}/bundle", path)
@@ -443,6 +529,63 @@ class Client:
         body = {"volume_id": volume_id, "model": model, "limit": limit, "filters": filters}
         answer = self._again("POST", "/embeddings:search", json=body)  # else a scheme
         return schemas.SimilarCases.model_validate_json(answer.content)
+
+    # Batches
+
+    def create_batch(
+        self,
+        dataset_id: str,
+        model: str,
+        kind: Literal["segment", "embed"],
+        *,
+        formats: Sequence[DicomFormat] = (),
+        split: schemas.Split | None = None,
+    ) -> schemas.Batch:
+        """Run a model on every scan of a dataset, or of one of its splits."""
+        options = {"formats": list(formats), "split": split}
+        body = {"dataset_id": dataset_id, "model": model, "kind": kind, "options": options}
+        return self._create("batches", body, schemas.Batch)
+
+    def batch(self, batch_id: str) -> schemas.Batch:
+        """How far a batch is."""
+        return self._get(f"batches/{batch_id}", schemas.Batch)
+
+    def batches(self) -> list[schemas.Batch]:
+        """Every batch, newest first."""
+        return list(self._pages("batches", schemas.BatchPage, {}))
+
+    def batch_items(self, batch_id: str, **filters: str) -> list[schemas.BatchItem]:
+        """Every scan of a batch; the filter is `state`."""
+        return list(self._pages(f"batches/{batch_id}/items", schemas.BatchItems, filters))
+
+    def wait_batch(
+        self, batch_id: str, on_change: Callable[[schemas.Batch], None] | None = None
+    ) -> schemas.Batch:
+        """Follow a batch to its end."""
+        while True:
+            batch = self.batch(batch_id)
+            if on_change is not None:
+                on_change(batch)
+            if batch.finished_at is not None:
+                return batch
+            time.sleep(POLL_S)
+
+    def cancel_batch(self, batch_id: str) -> schemas.Batch:
+        """Ask every scan of a batch that has not ended to end."""
+        answer = self._once("POST", f"batches/{batch_id}:cancel")
+        return schemas.Batch.model_validate_json(answer.content)
+
+    def retry_batch(self, batch_id: str) -> schemas.Batch:
+        """Do the failed and canceled scans of a batch again."""
+        return self._create(f"batches/{batch_id}:retry", {}, schemas.Batch)
+
+    def batch_table(self, batch_id: str) -> schemas.BatchTable:
+        """What came of every scan of a batch that has ended."""
+        return self._get(f"batches/{batch_id}/table", schemas.BatchTable)
+
+    def download_batch_table(self, batch_id: str, path: Path) -> None:
+        """Save the table as CSV."""
+        self._download(f"batches/{batch_id}/table?format=csv", path)
 
     # How it is said
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Dialect,
     Engine,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -69,6 +70,8 @@ class RunKind(StrEnum):
     FINETUNE = "finetune"
     SEGMENT = "segment"
     EMBED = "embed"
+    CHECK = "check"
+    IMPORT = "import"
 
 
 QUEUE_OF = {
@@ -76,12 +79,16 @@ QUEUE_OF = {
     RunKind.FINETUNE: "train",
     RunKind.SEGMENT: "inference",
     RunKind.EMBED: "inference",
+    RunKind.CHECK: "inference",
+    RunKind.IMPORT: "inference",
 }
 ID_PREFIX_OF = {
     RunKind.PRETRAIN: "run",
     RunKind.FINETUNE: "run",
     RunKind.SEGMENT: "seg",
     RunKind.EMBED: "emb",
+    RunKind.CHECK: "chk",
+    RunKind.IMPORT: "imp",
 }
 
 
@@ -393,7 +400,74 @@ class AliasEvent(Base):
     alias: Mapped[str] = mapped_column(String(100))
     version: Mapped[int | None]
     set_by: Mapped[str] = mapped_column(String(40))
+    cause: Mapped[str] = mapped_column(String(10), default="set", server_default="set")
+    """`set`, `rollback` or `remove`."""
+    override_reason: Mapped[str | None] = mapped_column(String(500))
+    unmet: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Names of the gate's checks that the move was made against."""
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    __table_args__ = (Index(None, "model_name", "alias", "seq"),)
+
+
+class GoldenCase(Base):
+    """A scan whose answer is known: what every new version of a model must reproduce."""
+
+    __tablename__ = "golden_case"
+    model_name: Mapped[str] = mapped_column(ForeignKey("model.name"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    volume_id: Mapped[str] = mapped_column(ForeignKey("volume.id"), index=True)
+    labels_id: Mapped[str | None] = mapped_column(ForeignKey("volume.id"), index=True)
+    expected: Mapped[dict[str, Any]]
+    """Segmenter: {labels: [{name, value, min_dice}]}; encoder: {vector: [...], min_cosine}."""
+    set_by: Mapped[str] = mapped_column(String(40))
+    updated_at: Mapped[datetime] = mapped_column(server_default=db_now())
+
+
+class VersionCheck(Base):
+    """A check run of a version against the golden cases as they were (`golden_digest`)."""
+
+    __tablename__ = "version_check"
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"), primary_key=True)
+    model_name: Mapped[str] = mapped_column(String(100))
+    version: Mapped[int]
+    golden_digest: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["model_name", "version"], ["model_version.model_name", "model_version.version"]
+        ),
+        Index(None, "model_name", "version", "created_at"),
+    )
+
+
+class Batch(Base):
+    """One request over a dataset; its state is that of its runs and stands nowhere else."""
+
+    __tablename__ = "batch"
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), index=True)
+    kind: Mapped[str] = mapped_column(String(12))
+    model: Mapped[dict[str, Any]]
+    options: Mapped[dict[str, Any]]
+    created_by: Mapped[str] = mapped_column(String(40))
+    created_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    __table_args__ = (
+        CheckConstraint("kind IN ('segment', 'embed')", name="kind"),
+        Index(None, "created_at", "id"),
+    )
+
+
+class BatchItem(Base):
+    """A scan of a batch and the newest run on it."""
+
+    __tablename__ = "batch_item"
+    batch_id: Mapped[str] = mapped_column(
+        ForeignKey("batch.id", ondelete="CASCADE"), primary_key=True
+    )
+    position: Mapped[int] = mapped_column(primary_key=True)
+    volume_id: Mapped[str] = mapped_column(ForeignKey("volume.id"), index=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.id"), index=True)
+    tries: Mapped[int] = mapped_column(default=1)
 
 
 class Idempotency(Base):
@@ -461,7 +535,7 @@ def insert_if_absent(session: Session, table: type[Base], **values: Any) -> None
     session.execute(insert(table).values(**values).on_conflict_do_nothing())
 
 
-Row = TypeVar("Row", Run, Volume, Dataset)
+Row = TypeVar("Row", Run, Volume, Dataset, Batch)
 Cursor = tuple[datetime, str]
 
 

@@ -48,6 +48,7 @@ _REQUEST = {
     "unsupported_media_type": Kind(415, "The body's media type is not supported"),
     "request_too_large": Kind(413, "The request body is larger than allowed"),
     "precondition_failed": Kind(412, "The resource has changed since it was read"),
+    "precondition_required": Kind(428, "The request must say which state it was made for"),
     "upload_offset_mismatch": Kind(409, "The piece does not begin where the upload has got to"),
     "upload_incomplete": Kind(409, "Bytes of the upload are still missing"),
     "upload_busy": Kind(409, "Another request is working on the upload"),
@@ -92,6 +93,12 @@ _RESOURCES = {
     "format_not_made": Kind(409, "The result was not made in this format"),
     "not_embedded": Kind(409, "The volume has no embedding of this model"),
     "wrong_model_kind": Kind(422, "The model is of the wrong kind"),
+    "gate_failed": Kind(409, "The version has not shown what a live one must"),
+    "no_version_before": Kind(409, "The alias has no version to go back to"),
+    "no_golden_cases": Kind(409, "The model has no golden cases"),
+    "too_many_golden_cases": Kind(409, "The model has as many golden cases as it may have"),
+    "not_an_archive": Kind(422, "The file is neither a zip nor a tar"),
+    "nothing_to_retry": Kind(409, "No scan of the batch failed or was canceled"),
     "incompatible_parent": Kind(422, "The parent's network does not fit the recipe's"),
 }
 _OPERATION = {

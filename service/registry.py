@@ -251,7 +251,9 @@ def delete_alias(
         statement = statement.where(ModelAlias.revision == if_match)
     if session.scalars(statement.returning(ModelAlias.alias)).one_or_none() is None:
         raise _changed(session, name, alias, if_match)
-    session.add(AliasEvent(model_name=name, alias=alias, version=None, set_by=principal))
+    session.add(
+        AliasEvent(model_name=name, alias=alias, version=None, set_by=principal, cause="remove")
+    )
     session.flush()
 
 

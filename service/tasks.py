@@ -26,7 +26,7 @@ from imaging.volume import Grid, on_source_grid
 from models import cascade, predict, preflight
 from models.cascade import Case
 from models.session import OnnxSession, SessionCache, open_session
-from service import entropy_map, results, runs, volumes
+from service import checking, entropy_map, importing, results, runs, volumes
 from service.db import RunKind, RunState
 from service.db import Volume as VolumeRow
 from service.embeddings import NewEmbedding
@@ -55,8 +55,15 @@ def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
     """Do one claimed segmentation or embedding, to its end."""
     with worker.sessions() as session:
         runs.started(session, lease)
-        volume = volumes.get(session, str(lease.volume_id), kind="image")
     try:
+        if lease.kind is RunKind.CHECK:
+            checking.run(worker, lease, keeper, _model(worker, lease))
+            return
+        if lease.kind is RunKind.IMPORT:
+            importing.run(worker, lease, keeper)
+            return
+        with worker.sessions() as session:
+            volume = volumes.get(session, str(lease.volume_id), kind="image")
         if lease.kind is RunKind.SEGMENT:
             _segment(worker, lease, keeper, volume)
         else:

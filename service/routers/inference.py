@@ -51,8 +51,8 @@ def work_of(
         volume = volumes.get(session, ask.volume_id, kind="image")
         version = registry.resolve(session, ask.model)
         require_kind(version, model_kind)
-        _require_volumes(version)
-        _require_one_label_a_voxel(version)
+        require_volumes(version)
+        require_one_label_a_voxel(version)
         model = {
             "name": version.model_name,
             "version": version.version,
@@ -70,7 +70,7 @@ def work_of(
     return work
 
 
-def _require_volumes(version: db.ModelVersion) -> None:
+def require_volumes(version: db.ModelVersion) -> None:
     """Refuse a model of 2D images: a scan here is a volume."""
     if len(version.manifest["patch_size"]) != 3:
         raise ServiceError(
@@ -80,7 +80,7 @@ def _require_volumes(version: db.ModelVersion) -> None:
         )
 
 
-def _require_one_label_a_voxel(version: db.ModelVersion) -> None:
+def require_one_label_a_voxel(version: db.ModelVersion) -> None:
     """Refuse a segmenter of regions that may overlap: a mask cannot hold them."""
     manifest = version.manifest
     if manifest["kind"] == "segmenter" and manifest.get("activation") == "sigmoid":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import Header, Path, Response
+from fastapi import Header, Path, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import AwareDatetime
 
-from service import db, registry, schemas
+from service import db, gate, moves, registry, schemas
+from service.auth import Role
 from service.errors import ServiceError
 from service.pagination import PageSize, PageToken, name_of, name_token_of
 from service.routers import deps, docs, files, views
@@ -19,7 +21,7 @@ IfMatch = Annotated[
 ]
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
 _ETAG = re.compile(r'"(\d{1,9})"')
-_WITH_ETAG: docs.Responses = {
+WITH_ETAG: docs.Responses = {
     200: {"headers": {"ETag": {"description": "The revision", "schema": {"type": "string"}}}}
 }
 _ARCHIVE: docs.Responses = {
@@ -110,13 +112,22 @@ def download_bundle(
     operation_id="get_alias",
     summary="Get an alias",
     response_model=schemas.Alias,
-    responses=_WITH_ETAG | docs.problems("invalid_request", "not_found"),
+    responses=WITH_ETAG | docs.problems("invalid_request", "not_found"),
 )
 def get_alias(
-    name: schemas.ModelName, alias: schemas.AliasName, _caller: deps.Viewer, session: deps.DbSession
+    name: schemas.ModelName,
+    alias: schemas.AliasName,
+    _caller: deps.Viewer,
+    session: deps.DbSession,
+    at: Annotated[
+        AwareDatetime | None, Query(description="RFC 3339: where it pointed then, without ETag.")
+    ] = None,
 ) -> JSONResponse:
-    """Where an alias points now."""
-    return _with_etag(registry.get_alias(session, name, alias))
+    """Where an alias points now, or pointed at a time."""
+    if at is not None:
+        past = views.past_alias(moves.at(session, name, alias, at))
+        return JSONResponse(past.model_dump(mode="json"))
+    return with_etag(registry.get_alias(session, name, alias))
 
 
 @router.put(
@@ -124,9 +135,14 @@ def get_alias(
     operation_id="set_alias",
     summary="Point an alias at a version",
     response_model=schemas.Alias,
-    responses=_WITH_ETAG
+    responses=WITH_ETAG
     | docs.problems(
-        "forbidden", "invalid_request", "not_found", "request_too_large", "precondition_failed"
+        "forbidden",
+        "invalid_request",
+        "not_found",
+        "request_too_large",
+        "precondition_failed",
+        "gate_failed",
     ),
 )
 def set_alias(
@@ -138,13 +154,24 @@ def set_alias(
     session: deps.DbSession,
     if_match: IfMatch = None,
 ) -> JSONResponse:
-    """Make or move an alias; with `If-Match`, only if nobody moved it meanwhile."""
-    expected = _expected(session, name, alias, if_match)
+    """Make or move an alias; with `If-Match`, only if nobody moved it meanwhile.
+
+    The version must pass the gate: parity, a complete card, the golden cases.
+    """
+    expected = expected_revision(session, name, alias, if_match)
+    version = registry.get_version(session, name, ask.version)
+    reason = ask.override_reason
+    if reason is not None and not caller.role.covers(Role.ADMIN):
+        raise ServiceError(403, "forbidden", "only an admin moves an alias against the gate")
+    unmet = gate.require(session, version, may_override=reason is not None)
     row = registry.set_alias(
         session, name, alias, ask.version, principal=caller.id, if_match=expected
     )
+    if unmet:
+        move = moves.newest(session, name, alias)
+        move.override_reason, move.unmet = reason, unmet
     session.commit()
-    return _with_etag(row)
+    return with_etag(row)
 
 
 @router.delete(
@@ -162,12 +189,14 @@ def delete_alias(
     if_match: IfMatch = None,
 ) -> None:
     """Remove an alias; the versions stay."""
-    expected = _expected(session, name, alias, if_match)
+    expected = expected_revision(session, name, alias, if_match)
     registry.delete_alias(session, name, alias, principal=caller.id, if_match=expected)
     session.commit()
 
 
-def _expected(session: deps.DbSession, name: str, alias: str, if_match: str | None) -> int | None:
+def expected_revision(
+    session: deps.DbSession, name: str, alias: str, if_match: str | None
+) -> int | None:
     """The revision that `If-Match` asks for; None if it asks for nothing."""
     if if_match is None:
         return None
@@ -187,6 +216,7 @@ def _expected(session: deps.DbSession, name: str, alias: str, if_match: str | No
     return int(found[1])
 
 
-def _with_etag(row: db.ModelAlias) -> JSONResponse:
+def with_etag(row: db.ModelAlias) -> JSONResponse:
+    """An alias with its ETag."""
     body = views.alias(row).model_dump(mode="json")
     return JSONResponse(body, headers={"ETag": f'"{row.revision}"'})

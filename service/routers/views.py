@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from service import db, schemas
+from service import db, golden, schemas
 
 
 def volume(row: db.Volume, size_bytes: int) -> schemas.Volume:
@@ -135,6 +135,57 @@ def alias(row: db.ModelAlias) -> schemas.Alias:
     """One alias."""
     return schemas.Alias(
         alias=row.alias, version=row.version, revision=row.revision, updated_at=row.updated_at
+    )
+
+
+def past_alias(row: db.AliasEvent) -> schemas.Alias:
+    """Where an alias pointed after one of its moves."""
+    assert row.version is not None  # a removed alias is not shown
+    return schemas.Alias(
+        alias=row.alias, version=row.version, revision=None, updated_at=row.created_at
+    )
+
+
+def alias_move(row: db.AliasEvent) -> schemas.AliasMove:
+    """One move of an alias."""
+    return schemas.AliasMove.model_validate(
+        {
+            "id": row.seq,
+            "alias": row.alias,
+            "version": row.version,
+            "cause": row.cause,
+            "set_by": row.set_by,
+            "override_reason": row.override_reason,
+            "unmet": row.unmet or [],
+            "created_at": row.created_at,
+        }
+    )
+
+
+def golden_case(row: db.GoldenCase) -> schemas.GoldenCase:
+    """A golden case of a model."""
+    return schemas.GoldenCase(
+        name=row.name,
+        volume_id=row.volume_id,
+        labels_id=row.labels_id,
+        expected=row.expected,
+        updated_at=row.updated_at,
+    )
+
+
+def version_check(one: golden.Checked) -> schemas.VersionCheck:
+    """A check of a version."""
+    return schemas.VersionCheck.model_validate(
+        {
+            "id": one.run.id,
+            "state": one.run.state,
+            "passed": one.passed,
+            "is_current": one.is_current,
+            "golden_digest": one.run.spec["golden_digest"],
+            "cases": (one.run.result or {}).get("cases", []),
+            "error": one.run.error,
+            "created_at": one.run.created_at,
+        }
     )
 
 

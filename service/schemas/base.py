@@ -14,7 +14,10 @@ TIME = "2026-11-24T04:12:00Z"
 VolumeId = Annotated[str, Field(pattern=r"^vol_[0-9a-f]{32}$", examples=[f"vol_{HEX}"])]
 UploadId = Annotated[str, Field(pattern=r"^upl_[0-9a-f]{32}$", examples=[f"upl_{HEX}"])]
 DatasetId = Annotated[str, Field(pattern=r"^ds_[0-9a-f]{32}$", examples=[f"ds_{HEX}"])]
-RunId = Annotated[str, Field(pattern=r"^(run|seg|emb)_[0-9a-f]{32}$", examples=[f"run_{HEX}"])]
+RunId = Annotated[
+    str, Field(pattern=r"^(run|seg|emb|chk|imp)_[0-9a-f]{32}$", examples=[f"run_{HEX}"])
+]
+BatchId = Annotated[str, Field(pattern=r"^bat_[0-9a-f]{32}$", examples=[f"bat_{HEX}"])]
 SegmentationId = Annotated[str, Field(pattern=r"^seg_[0-9a-f]{32}$", examples=[f"seg_{HEX}"])]
 EmbeddingId = Annotated[str, Field(pattern=r"^emb_[0-9a-f]{32}$", examples=[f"emb_{HEX}"])]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,99}$", examples=["liver-tumour"])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -22,7 +22,7 @@ class Alias(Answer):
 
     alias: str
     version: int
-    revision: int = Field(description="Counts every move; the ETag.")
+    revision: int | None = Field(description="Counts every move; the ETag. Null of a past state.")
     updated_at: datetime
 
 
@@ -34,6 +34,9 @@ class AliasSet(Ask):
     )
 
     version: Version
+    override_reason: Annotated[str, Field(min_length=10, max_length=500)] | None = Field(
+        None, description="Of an admin: why the version goes live though the gate refuses it."
+    )
 
 
 class ModelVersion(Answer):

@@ -137,7 +137,7 @@ class Run(Answer):
     )
 
     id: RunId
-    kind: Literal["pretrain", "finetune", "segment", "embed"]
+    kind: Literal["pretrain", "finetune", "segment", "embed", "check", "import"]
     state: State
     dataset_id: DatasetId | None
     volume_id: VolumeId | None

@@ -39,6 +39,14 @@ from service.app import create_app
 from service.auth import Role
 from service.settings import Settings
 
+PASSED = bundle.Parity(
+    input_kind="random",
+    shape=(1, 1, 16, 16, 16),
+    provider="CPUExecutionProvider",
+    max_abs_difference=0.0,
+    tolerance=1e-4,
+    passed=True,
+)
 PREFIX = "/api/v1"
 ROLES = tuple(role.value for role in Role)
 
@@ -251,6 +259,7 @@ def register(
     activation: str = "softmax",
     run_id: Any = None,
     is_2d: bool = False,
+    parity: tuple[bundle.Parity, ...] = (PASSED,),
 ) -> None:
     """Put a bundle into the store and the registry. The API opens no model, so any bytes do."""
     network = UNet3d(base_width=base_width)
@@ -271,7 +280,8 @@ def register(
         lineage=bundle.Lineage(
             dataset_digest="0" * 64, seed=0, num_steps=1, code_version="0", torch_version="0"
         ),
-        parity=(),
+        metrics={} if kind == "encoder" else {"dice": bundle.Metric(value=0.9, n=3)},
+        parity=parity,
         created_at=datetime.now(UTC),
     )
     folder = api.settings.data_dir / f"draft-{name}-{base_width}"

@@ -8,6 +8,7 @@ RUN = {"kind": "pretrain", "dataset_id": f"ds_{HEX}", "model_name": "m", "recipe
 ASK = {"volume_id": f"vol_{HEX}", "model": "m"}
 DATASET = {"name": "d", "items": [{"volume_id": f"vol_{HEX}"}]}
 
+BATCH = {"dataset_id": f"ds_{HEX}", "model": "absent", "kind": "segment"}
 MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/capabilities"): ("viewer", {}),
     ("GET", "/volumes"): ("viewer", {}),
@@ -37,6 +38,22 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/models/{name}/aliases/{alias}"): ("viewer", {}),
     ("PUT", "/models/{name}/aliases/{alias}"): ("researcher", {"json": {"version": 1}}),
     ("DELETE", "/models/{name}/aliases/{alias}"): ("researcher", {}),
+    ("GET", "/models/{name}/aliases/{alias}/history"): ("viewer", {}),
+    ("POST", "/models/{name}/aliases/{alias}:rollback"): ("researcher", {}),
+    ("GET", "/models/{name}/golden"): ("viewer", {}),
+    ("PUT", "/models/{name}/golden/{case}"): ("researcher", {"json": {}}),
+    ("DELETE", "/models/{name}/golden/{case}"): ("researcher", {}),
+    ("POST", "/models/{name}/versions/{version}:check"): ("researcher", {}),
+    ("GET", "/models/{name}/versions/{version}/checks"): ("viewer", {}),
+    ("GET", "/models:resolve"): ("viewer", {}),
+    ("POST", "/models:import"): ("researcher", {"content": b""}),
+    ("POST", "/batches"): ("annotator", {"json": BATCH}),
+    ("GET", "/batches"): ("viewer", {}),
+    ("GET", "/batches/{batch_id}"): ("viewer", {}),
+    ("GET", "/batches/{batch_id}/items"): ("viewer", {}),
+    ("GET", "/batches/{batch_id}/table"): ("viewer", {}),
+    ("POST", "/batches/{batch_id}:cancel"): ("annotator", {}),
+    ("POST", "/batches/{batch_id}:retry"): ("annotator", {}),
     ("GET", "/segmentations"): ("viewer", {}),
     ("POST", "/segmentations"): ("annotator", {"json": ASK}),
     ("GET", "/segmentations/{segmentation_id}"): ("viewer", {}),
@@ -57,6 +74,8 @@ IDS = {
     "run_id": f"run_{HEX}",
     "segmentation_id": f"seg_{HEX}",
     "embedding_id": f"emb_{HEX}",
+    "batch_id": f"bat_{HEX}",
+    "case": "case-1",
     "name": "absent",
     "version": 1,
     "alias": "champion",

@@ -1,0 +1,86 @@
+"""A check run: each golden case through the model, as inference does it, against what is expected.
+
+I J K voxels, E embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imaging import nifti
+from models import predict
+from models.session import OnnxSession
+from service import runs, volumes
+from service.db import RunState
+from service.lease import Keeper
+from service.runs import Lease
+from service.worker import Worker
+
+
+def run(worker: Worker, lease: Lease, keeper: Keeper, model: OnnxSession) -> None:
+    """Check a version on every case and record which it reproduces; a miss is no failed run."""
+    found = []
+    cases: list[dict[str, Any]] = lease.spec["cases"]
+    for number, case in enumerate(cases):
+        found.append(_examine(worker, keeper, model, case))
+        progress = {
+            "stage": "check",
+            "step": number + 1,
+            "total": len(cases),
+            "fraction": (number + 1) / len(cases),
+        }
+        with worker.sessions() as session:
+            runs.record(session, lease, "progress", progress)
+    result = {
+        "model": lease.spec["model"],
+        "golden_digest": lease.spec["golden_digest"],
+        "passed": all(one["passed"] for one in found),
+        "cases": found,
+        "provider": model.provider,
+    }
+    with worker.sessions() as session:
+        runs.finish(session, lease, RunState.SUCCEEDED, result=result, outcome="done")
+
+
+def dice(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> float:
+    """2 |A and B| / (|A| + |B|) of two masks (I, J, K); 1 where both are empty."""
+    total = int(np.count_nonzero(found)) + int(np.count_nonzero(expected))
+    return 2.0 * int(np.count_nonzero(found & expected)) / total if total else 1.0
+
+
+def cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Of two vectors (E,); 0 where one is all zero or they have different lengths."""
+    if found.shape != expected.shape:
+        return 0.0
+    one, other = found.astype(np.float64), expected.astype(np.float64)
+    scale = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(one @ other) / scale if scale else 0.0
+
+
+def _examine(
+    worker: Worker, keeper: Keeper, model: OnnxSession, case: dict[str, Any]
+) -> dict[str, Any]:
+    with worker.sessions() as session:
+        image = volumes.get(session, case["volume_id"], kind="image")
+        labels = volumes.get(session, case["labels_id"]) if case["labels_id"] else None
+    scan = nifti.open_canonical(worker.store.verify(image.voxels_sha256))
+    expected = case["expected"]
+    if labels is None:
+        vector = predict.embed(model, scan, should_stop=keeper.should_stop).vector
+        found = cosine(vector, np.asarray(expected["vector"]))
+        return {"name": case["name"], "cosine": found, "passed": found >= expected["min_cosine"]}
+    mask = predict.segment(model, scan, should_stop=keeper.should_stop).labels
+    known = nifti.open_canonical(worker.store.verify(labels.voxels_sha256)).voxels
+    names = model.manifest.labels
+    scores = {}
+    for label in expected["labels"]:
+        if label["name"] in names:
+            value = names.index(label["name"]) + 1
+            scores[label["name"]] = dice(mask == value, known == label["value"])
+        else:
+            scores[label["name"]] = 0.0
+    passed = all(scores[label["name"]] >= label["min_dice"] for label in expected["labels"])
+    return {"name": case["name"], "dice": scores, "passed": passed}
