@@ -5,8 +5,8 @@ batch with its logits, what resampling holds, and the network's working memory. 
 not known from shapes: the network is run once on a small window, and what it took is scaled by the
 voxels, as activations are. Seconds are scaled from the same run until a real one has been timed.
 
-Where a segmentation would not fit, it takes fewer windows at a time, then columns in blocks; where
-not even that fits, it is refused before it has begun.
+Where a segmentation would not fit, it takes fewer windows at a time, then windows no larger than in
+training, then columns in blocks; where not even that fits, it is refused before it has begun.
 
 C classes, I J K voxels; a prime (I' J' K') is the network's grid.
 """
@@ -60,7 +60,7 @@ class Preflight:
     """None where nothing tells."""
     predicted_s: float
     degraded: tuple[str, ...] = ()
-    """What was given up so that it fits: `smaller_batch`, `column_blocks`."""
+    """What was given up so that it fits: `smaller_batch`, `smaller_windows`, `column_blocks`."""
 
     @property
     def fits(self) -> bool:
@@ -103,15 +103,21 @@ def plan(
     """
     pace = pace_of(session)
     job = _Job.of(session, volume, pace, available_bytes)
+    smallest = windows
     if windows is None:
         windows = serving_windows(session.manifest, job.source.shape)
         windows = replace(windows, batch=batch_size(windows.size))
+        smallest = serving_windows(session.manifest)
     first = job.with_sums_below(windows, SLAB_BYTES)
     found, degraded = first, []
     if not found.fits and windows.batch > 1:
         windows = replace(windows, batch=1)
         found = job.preflight(windows, first.num_blocks)
         degraded.append("smaller_batch")
+    if not found.fits and smallest is not None and smallest.size != windows.size:
+        windows = smallest
+        found = job.preflight(windows, first.num_blocks)
+        degraded.append("smaller_windows")
     if not found.fits:
         degraded.append("column_blocks")
         for num_blocks in range(first.num_blocks + 1, MAX_BLOCKS + 1):
