@@ -29,10 +29,11 @@ from models.blend import (
     blocks,
     chunks,
     columns_of,
+    own_windows,
     shape_of,
     window,
 )
-from models.bundle import BundleError, serving_windows, volume_input
+from models.bundle import BundleError, volume_input
 from models.postprocess import Cleaned, Lesions, clean, lesions
 from models.preflight import Preflight
 from models.preprocess import preparation, prepare
@@ -120,7 +121,7 @@ def segment(
     labels = np.zeros(volume.shape, dtype=np.uint8)
     if plan is not None:
         windows, num_blocks = plan.windows, plan.num_blocks
-    windows = windows or serving_windows(session.manifest, source.grid.shape)
+    windows = windows or own_windows(session, source.grid.shape)
     parts = blocks(source.grid, volume.grid, num_blocks)
     layouts = [Layout.of(source.grid.shape, windows, part.source) for part in parts]
     counter = Counter(progress, should_stop, sum(layout.num_windows for layout in layouts))

@@ -23,7 +23,7 @@ from celery import shared_task
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
-from models import predict, preflight
+from models import memory, predict, preflight
 from models.session import OnnxSession, SessionCache, open_session
 from service import results, runs, volumes
 from service.db import RunKind, RunState
@@ -66,7 +66,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
     model = _model(worker, lease)
     opened_s = time.monotonic() - began
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
-    left = preflight.available_bytes(worker.settings.inference_memory_bytes)
+    left = memory.available_bytes(worker.settings.inference_memory_bytes)
     plan = preflight.plan(model, scan, available_bytes=left)
     _say(worker, lease, f"the segmentation {plan}")
     found = predict.segment(

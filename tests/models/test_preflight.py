@@ -12,7 +12,7 @@ import pytest
 
 from imaging import nifti
 from imaging.volume import Volume
-from models import preflight
+from models import memory, preflight
 from models.bundle import BundleError, TensorSpec, serving_windows
 from models.predict import segment
 from models.recipe import Preprocessing
@@ -207,11 +207,11 @@ def test_the_least_of_all_limits_counts(tmp_path):
     (old / "memory.limit_in_bytes").write_text("7000000\n")
     (old / "memory.usage_in_bytes").write_text("1000000\n")
 
-    left = preflight._left_in_groups(tmp_path, ["0::/a/b", "4:cpu,memory:/c", "3:cpu:/x"])
+    left = memory._left_in_groups(tmp_path, ["0::/a/b", "4:cpu,memory:/c", "3:cpu:/x"])
 
     assert sorted(left) == [3_500_000, 6_000_000]
-    assert preflight.available_bytes(1000) == 1000
-    assert preflight.available_bytes() > 1 << 20
+    assert memory.available_bytes(1000) == 1000
+    assert memory.available_bytes() > 1 << 20
 
 
 def test_a_plan_says_in_words_what_it_needs():
