@@ -3,8 +3,9 @@
 #
 #     bash benchmarks/gpu.sh [python]
 #
-# Needs Python 3.11, torch, NumPy, SciPy, pydantic and pytest; nothing of the service's. In the end
-# it prints one table, and leaves the JSON of each part in $OUT (a new folder if unset). Takes under
+# Needs Python 3.11, torch, NumPy, SciPy, pydantic and pytest; nothing of the service's. Inference is
+# measured where MONAI, onnx, nibabel and an onnxruntime with CUDA are there too, and skipped with a
+# line where they are not. In the end it prints one table, and leaves the JSON of each part in $OUT (a new folder if unset). Takes under
 # eight minutes. PCRL_GPU_SMOKE=1 runs every part at tiny sizes on whatever device there is, which is
 # how this script is tested where there is no GPU.
 set -uo pipefail
@@ -49,6 +50,24 @@ part() {
     echo "$? $((SECONDS - began))" >"$out/$name.status"
 }
 
+# can_infer PROVIDER: whether the inference benchmark finds what it needs.
+can_infer() {
+    "$python" - "$1" <<'PYTHON'
+import importlib.util
+import sys
+
+need = ("monai", "onnx", "onnxscript", "nibabel", "safetensors", "onnxruntime")
+absent = [name for name in need if importlib.util.find_spec(name) is None]
+if not absent:
+    import onnxruntime
+
+    if sys.argv[1] not in onnxruntime.get_available_providers():
+        absent = [f"an onnxruntime with {sys.argv[1]}"]
+if absent:
+    sys.exit(f"== inference: skipped, not installed: {', '.join(absent)}")
+PYTHON
+}
+
 # No conftest and no settings of the project: they want the service's packages and pytest's plugins.
 part tests "$((smoke == 1 ? 300 : 90))" "$python" -m pytest -q -p no:cacheprovider --noconftest -c /dev/null --rootdir=. \
     --import-mode=importlib -W ignore::pytest.PytestUnknownMarkWarning tests/trainer/test_on_gpu.py
@@ -56,9 +75,16 @@ if [ "$smoke" = 1 ]; then
     part step 1200 "$python" -m benchmarks.bench_step --json --smoke --limit-s "${LIMIT_S:-60}"
     part input 600 "$python" -m benchmarks.bench_input --json --smoke \
         --pairs 2 --rounds 2 --steps 1 --width 2 --batch 2
+    if can_infer CPUExecutionProvider; then
+        part inference 300 "$python" -m benchmarks.bench_inference --json --smoke --rounds 1
+    fi
 else
     part step 260 "$python" -m benchmarks.bench_step --json --limit-s "${LIMIT_S:-90}"
     part input 120 "$python" -m benchmarks.bench_input --json --rounds 3
+    if can_infer CUDAExecutionProvider; then
+        part inference 240 "$python" -m benchmarks.bench_inference --json --device cuda \
+            --width 32 --steps 300 --rounds 3
+    fi
 fi
 
 "$python" - "$out" <<'PYTHON'
@@ -69,7 +95,9 @@ import sys
 out = pathlib.Path(sys.argv[1])
 failed = []
 print(f"\n{'what':<44} value")
-for name in ("tests", "step", "input"):
+for name in ("tests", "step", "input", "inference"):
+    if not (out / f"{name}.status").exists():
+        continue
     lines = (out / f"{name}.txt").read_text().splitlines() or ["(nothing)"]
     status, seconds = (out / f"{name}.status").read_text().split()
     if status != "0":

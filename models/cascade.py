@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 from imaging.resample import resampled_grid
 from imaging.volume import Grid, Shape, Volume
 from models import box, preflight
-from models.blend import Counter, Network, Progress
+from models.blend import Counter, Network, Progress, own_windows
 from models.box import Box
 from models.bundle import (
     BundleError,
     Cascade,
     Manifest,
     coarse_manifest,
-    serving_windows,
     volume_input,
 )
 from models.flips import Axis, with_flips
@@ -40,7 +39,7 @@ from models.predict import Clock, Segmentation, fill, finish, require_segmenter
 from models.preflight import Preflight
 from models.preprocess import preparation
 from models.session import OnnxSession
-from models.tiling import window_starts
+from models.tiling import Windows, window_starts
 from models.uncertainty import EntropyMeter, Judgement, Uncertainty, judged
 
 Float32Array = NDArray[np.float32]
@@ -123,11 +122,11 @@ def segment_case(
     """
     manifest = session.manifest
     require_segmenter(manifest)
-    spec, _ = volume_input(manifest)
-    windows = plan.windows if plan is not None else serving_windows(manifest)
+    spec, patch = volume_input(manifest)
     clock = Clock()
     num_views = 2 ** len(flips)
     grid = resampled_grid(volume.grid, spec.spacing_mm)
+    windows = plan.windows if plan is not None else own_windows(session, grid.shape)
     part, found, num_coarse = box.whole(grid.shape), None, 0
     if manifest.cascade is not None:
         finder = _finder(session, coarse)
@@ -138,10 +137,11 @@ def segment_case(
                 volume,
                 manifest.cascade,
                 grid=grid,
-                at_least=windows.size,
+                at_least=patch,
                 counter=Counter(_with_more(progress, later=later), should_stop),
             )
         part = found.box or part
+        windows = _no_larger(own_windows(session, part.shape), windows)
 
     looking = with_flips(session, flips)
     counter = Counter(_with_more(progress, before=num_coarse, times=num_views), should_stop)
@@ -268,6 +268,13 @@ def _look(
     if found is not None:
         found = box.at_least(found, at_least, grid.shape)
     return _Found(source.grid.shape, organ_ml, found), counter.total
+
+
+def _no_larger(wanted: Windows, planned: Windows) -> Windows:
+    """The windows that suit a box, unless they take more memory than those of the whole scan."""
+    if math.prod(wanted.size) > math.prod(planned.size):
+        return planned
+    return replace(wanted, batch=min(wanted.batch, planned.batch))
 
 
 def _concerns(manifest: Manifest, segmentation: Segmentation, passes: Passes | None) -> list[str]:

@@ -35,6 +35,28 @@ class Windows:
     """Windows that go through the network together."""
 
 
+def fitted(windows: Windows, shape: Shape, multiple: Shape, most: float) -> Windows:
+    """Windows that cover a shape with the least computation, a little larger than these perhaps.
+
+    Where two windows of 96 would lie on 108 voxels, one of 112 computes little more than half. For
+    each axis, of the sizes from `windows.size` to `most` times it, the one of which windows times
+    size is least; the smallest of equals.
+
+    Args:
+        windows: Size to start from, and the overlap that stays.
+        shape: Voxels of the volume.
+        multiple: What the network's extents are multiples of.
+        most: How many times larger a side may be; 1 changes nothing.
+    """
+
+    def best(extent: int, size: int, step: int) -> int:
+        sizes = range(size, max(int(size * most), size) + 1, step)
+        return min(sizes, key=lambda one: one * len(axis_starts(extent, one, windows.overlap)))
+
+    i, j, k = (best(*axis) for axis in zip(shape, windows.size, multiple, strict=True))
+    return Windows((i, j, k), windows.overlap, windows.batch)
+
+
 def window_starts(shape: Shape, patch: Shape, overlap: float) -> list[tuple[int, int, int]]:
     """First voxel of every window, ordered by K, then J, then I.
 

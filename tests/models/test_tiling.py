@@ -8,7 +8,7 @@ from imaging.volume import Grid
 from models.blend import Counter, Slab, blended_slabs
 from models.preprocess import Prepared
 from models.session import open_session
-from models.tiling import axis_starts, gaussian_weights, window_starts
+from models.tiling import Windows, axis_starts, fitted, gaussian_weights, window_starts
 
 
 @pytest.mark.parametrize("patch", [(16, 16, 8), (5, 9, 32), (1, 2, 3)])
@@ -92,3 +92,25 @@ def test_the_blend_of_a_network_equals_monais(
     )
     blend = np.concatenate([slab.logits for slab in slabs], axis=-1)
     np.testing.assert_allclose(blend, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("shape", [(108, 97, 139), (40, 96, 300), (191, 400, 64)])
+def test_fitted_windows_compute_least_and_stay_within_bounds(shape, overlap):
+    patch = (96, 96, 64)
+
+    def computed(sizes):
+        return [
+            size * len(axis_starts(extent, size, overlap))
+            for size, extent in zip(sizes, shape, strict=True)
+        ]
+
+    found = fitted(Windows(patch, overlap, 3), shape, (8, 8, 8), 1.5)
+
+    for axis, (size, small, extent) in enumerate(zip(found.size, patch, shape, strict=True)):
+        allowed = [one for one in range(8, 1000, 8) if small <= one <= 1.5 * small]
+        assert size in allowed
+        costs = [one * len(axis_starts(extent, one, overlap)) for one in allowed]
+        assert computed(found.size)[axis] == min(costs)
+    assert (found.overlap, found.batch) == (overlap, 3)
+    assert fitted(Windows(patch, overlap), shape, (8, 8, 8), 1.0).size == patch  # the control

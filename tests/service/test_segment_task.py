@@ -104,7 +104,14 @@ def test_two_passes_give_the_mask_of_one_and_tell_how_they_looked(worker, tmp_pa
     with worker.sessions() as session:
         sha256, size = worker.store.put_file(tmp_path / "scan.nii.gz")
         volume, _ = volumes.ingest(
-            session, worker.store, sha256, size, series_uid=None, principal="t", kind="image"
+            session,
+            worker.store,
+            sha256,
+            size,
+            subject="s",
+            series_uid=None,
+            principal="t",
+            kind="image",
         )
         register(session, worker, tmp_path, "fine", 1.5)
         register(session, worker, tmp_path, "coarse", 4.0)
