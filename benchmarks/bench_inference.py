@@ -245,7 +245,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, help="a segmenter with its weights")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the trained one is kept")
     parser.add_argument("--width", type=int, default=8, help="base width of the network")
-    parser.add_argument("--steps", type=int, default=600, help="of its training")
+    parser.add_argument("--steps", type=int, default=900, help="of its training")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

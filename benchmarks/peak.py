@@ -91,13 +91,13 @@ def _status(name: str) -> int:
 
 def _main() -> None:
     import service.tasks  # noqa: F401  # what a worker has loaded counts
-    from models import predict, preflight
+    from models import memory, predict, preflight
     from models.session import open_session
     from service import itk_reader
 
     session = open_session(Path(sys.argv[1]), num_threads=2)
     scan = nifti.open_canonical(Path(sys.argv[2]))
-    plan = preflight.plan(session, scan, available_bytes=preflight.available_bytes())
+    plan = preflight.plan(session, scan, available_bytes=memory.available_bytes())
     loaded = _status("VmRSS:")
     began = time.perf_counter()
     found = predict.segment(session, scan, plan=plan)

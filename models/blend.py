@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
@@ -83,7 +83,7 @@ def blended_slabs(
             and the sums are the same as for the whole.
         release_memory: Give the network's working memory back with the last window.
     """
-    windows = windows or serving_windows(session.manifest)
+    windows = windows or own_windows(session)
     layout = Layout.of(source.grid.shape, windows, columns)
     counter.total = counter.total or layout.num_windows
     weights = gaussian_weights(windows.size)
@@ -269,6 +269,12 @@ class Counter:
         self.done += num_windows
         if self._progress is not None:
             self._progress(self.done, self.total)
+
+
+def own_windows(session: Network, shape: Shape | None = None) -> Windows:
+    """The windows that a model is served with, on a volume of this shape; see `serving_windows`."""
+    windows = serving_windows(session.manifest, shape)
+    return replace(windows, batch=batch_size(windows.size))
 
 
 def batch_size(patch: Shape) -> int:

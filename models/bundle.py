@@ -11,6 +11,7 @@ SHA-256, so one hash pins everything. A bundle is written to a temporary folder 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -41,9 +42,11 @@ MODEL_FLOAT16 = "model.float16.onnx"
 """The same network with float16 inside; its inputs and outputs stay float32."""
 WEIGHTS = "weights.safetensors"
 CARD = "card.md"
-LARGEST_WINDOW = 1.25
+LARGEST_WINDOW = 1.5
 """Of a window's side in serving, in those of training: the norm's statistics are of a window, so a
 much larger one is another network (docs/performance.md)."""
+LARGEST_WINDOW_VOXELS = 1 << 21
+"""Of a window in serving, unless those of training are larger: working memory grows with it."""
 
 
 class BundleError(Exception):
@@ -329,8 +332,9 @@ def serving_windows(manifest: Manifest, shape: Shape | None = None) -> Windows:
     """The windows that a segmenter is served with.
 
     Those that it was trained with, or for a volume of this shape up to `LARGEST_WINDOW` times as
-    long where that covers it with less computation. A network says in its input's shape which
-    extents it takes (`8*i8`); one that does not is served with what it was trained with.
+    long where that covers it with less computation and stays in bounds. A network says in its
+    input's shape which extents it takes (`8*i8`); one that does not is served with what it was
+    trained with.
 
     Raises:
         BundleError: `wrong_model_kind`, the model reads 2D images.
@@ -341,7 +345,8 @@ def serving_windows(manifest: Manifest, shape: Shape | None = None) -> Windows:
     multiples = [int(found[1]) for found in declared if found is not None]
     if shape is None or len(multiples) < 3:
         return windows
-    return fitted(windows, shape, (multiples[0], multiples[1], multiples[2]), LARGEST_WINDOW)
+    best = fitted(windows, shape, (multiples[0], multiples[1], multiples[2]), LARGEST_WINDOW)
+    return windows if math.prod(best.size) > LARGEST_WINDOW_VOXELS else best
 
 
 def _fsync(path: Path) -> None:

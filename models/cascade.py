@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 from imaging.resample import resampled_grid
 from imaging.volume import Grid, Shape, Volume
 from models import box, preflight
-from models.blend import Counter, Network, Progress
+from models.blend import Counter, Network, Progress, own_windows
 from models.box import Box
 from models.bundle import (
     BundleError,
     Cascade,
     Manifest,
     coarse_manifest,
-    serving_windows,
     volume_input,
 )
 from models.flips import Axis, with_flips
@@ -127,10 +126,11 @@ def segment_case(
     clock = Clock()
     num_views = 2 ** len(flips)
     grid = resampled_grid(volume.grid, spec.spacing_mm)
+    windows = plan.windows if plan is not None else own_windows(session, grid.shape)
     part, found, num_coarse = box.whole(grid.shape), None, 0
     if manifest.cascade is not None:
         finder = _finder(session, coarse)
-        later = num_views * len(window_starts(grid.shape, patch, manifest.overlap))
+        later = num_views * len(window_starts(grid.shape, windows.size, windows.overlap))
         with clock.stage("coarse"):
             found, num_coarse = _look(
                 finder,
@@ -141,8 +141,8 @@ def segment_case(
                 counter=Counter(_with_more(progress, later=later), should_stop),
             )
         part = found.box or part
+        windows = _no_larger(own_windows(session, part.shape), windows)
 
-    windows = _fine_windows(manifest, plan, part.shape, grid.shape)
     looking = with_flips(session, flips)
     counter = Counter(_with_more(progress, before=num_coarse, times=num_views), should_stop)
     with clock.stage("preprocess"):
@@ -270,15 +270,11 @@ def _look(
     return _Found(source.grid.shape, organ_ml, found), counter.total
 
 
-def _fine_windows(manifest: Manifest, plan: Preflight | None, part: Shape, whole: Shape) -> Windows:
-    """Windows fitted to a part of the grid, within the memory planned for the whole of it."""
-    if plan is not None and part == whole:
-        return plan.windows
-    windows = serving_windows(manifest, part)
-    if plan is None:
-        return windows
-    num_at_once = plan.windows.batch * math.prod(plan.windows.size) // math.prod(windows.size)
-    return replace(windows, batch=num_at_once) if num_at_once else plan.windows
+def _no_larger(wanted: Windows, planned: Windows) -> Windows:
+    """The windows that suit a box, unless they take more memory than those of the whole scan."""
+    if math.prod(wanted.size) > math.prod(planned.size):
+        return planned
+    return replace(wanted, batch=min(wanted.batch, planned.batch))
 
 
 def _concerns(manifest: Manifest, segmentation: Segmentation, passes: Passes | None) -> list[str]:

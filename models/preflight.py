@@ -5,8 +5,8 @@ batch with its logits, what resampling holds, and the network's working memory. 
 not known from shapes: the network is run once on a small window, and what it took is scaled by the
 voxels, as activations are. Seconds are scaled from the same run until a real one has been timed.
 
-Where a segmentation would not fit, it takes fewer windows at a time, then columns in blocks; where
-not even that fits, it is refused before it has begun.
+Where a segmentation would not fit, it takes fewer windows at a time, then windows no larger than in
+training, then columns in blocks; where not even that fits, it is refused before it has begun.
 
 C classes, I J K voxels; a prime (I' J' K') is the network's grid.
 """
@@ -14,11 +14,9 @@ C classes, I J K voxels; a prime (I' J' K') is the network's grid.
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,8 +25,9 @@ from imaging import resample
 from imaging.resample import resampled_grid
 from imaging.volume import Grid, Shape, Volume
 from models import blend
-from models.blend import batch_size, blocks
-from models.bundle import BundleError, serving_windows, volume_input
+from models.blend import blocks, own_windows
+from models.bundle import BundleError, volume_input
+from models.memory import resident_bytes
 from models.rolling import PLANES_AT_ONCE, Layout
 from models.session import CPU, OnnxSession
 from models.tiling import Windows
@@ -60,7 +59,7 @@ class Preflight:
     """None where nothing tells."""
     predicted_s: float
     degraded: tuple[str, ...] = ()
-    """What was given up so that it fits: `smaller_batch`, `column_blocks`."""
+    """What was given up so that it fits: `smaller_batch`, `smaller_windows`, `column_blocks`."""
 
     @property
     def fits(self) -> bool:
@@ -95,7 +94,7 @@ def plan(
     Args:
         session: An open segmenter; tried on a small window the first time.
         volume: The scan; its voxels are not looked at.
-        available_bytes: What it may take; see `available_bytes`. None is no limit.
+        available_bytes: What it may take; see `models.memory.available_bytes`. None is no limit.
         windows: Their size and overlap; the model's own if None.
 
     Raises:
@@ -103,15 +102,20 @@ def plan(
     """
     pace = pace_of(session)
     job = _Job.of(session, volume, pace, available_bytes)
+    smallest = windows
     if windows is None:
-        windows = serving_windows(session.manifest, job.source.shape)
-        windows = replace(windows, batch=batch_size(windows.size))
+        windows = own_windows(session, job.source.shape)
+        smallest = replace(own_windows(session), batch=1)
     first = job.with_sums_below(windows, SLAB_BYTES)
     found, degraded = first, []
     if not found.fits and windows.batch > 1:
         windows = replace(windows, batch=1)
         found = job.preflight(windows, first.num_blocks)
         degraded.append("smaller_batch")
+    if not found.fits and smallest is not None and smallest.size != windows.size:
+        windows = smallest
+        found = job.preflight(windows, first.num_blocks)
+        degraded.append("smaller_windows")
     if not found.fits:
         degraded.append("column_blocks")
         for num_blocks in range(first.num_blocks + 1, MAX_BLOCKS + 1):
@@ -125,22 +129,6 @@ def plan(
         )
         raise BundleError("insufficient_memory", f"the segmentation {least}")
     return replace(found, degraded=tuple(degraded))
-
-
-def available_bytes(limit: int = 0) -> int | None:
-    """Memory that this process may still take: the least of what the system's counters tell.
-
-    The machine's available memory, and what the control groups (v2 or v1) leave.
-
-    Args:
-        limit: Never more than this; 0 is no limit of ours.
-    """
-    told = [limit] if limit else []
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            told.append(int(line.split()[1]) * 1024)
-    told += _left_in_groups(Path("/sys/fs/cgroup"), _lines(Path("/proc/self/cgroup")))
-    return min(told, default=None)
 
 
 def pace_of(session: OnnxSession) -> Pace:
@@ -249,19 +237,21 @@ class _Job:
 
 
 def _measured(session: OnnxSession) -> Pace:
-    """Run the network on a small window: once to warm up, once for its memory and its time."""
+    """Run the network on a small window: to warm up, for its memory, and for its time."""
     _, patch = volume_input(session.manifest)
     size = _probe_size(patch, session.manifest.inputs[0].shape[2:])
     batch = np.zeros((1, 1, *size), dtype=np.float32)
     session.run(batch, release_memory=True)
-    before = _resident_bytes()
-    began = time.perf_counter()
+    before = resident_bytes()
     session.run(batch)
-    seconds = time.perf_counter() - began
-    grown = max(_resident_bytes() - before, 0)
-    session.run(batch, release_memory=True)
+    grown = max(resident_bytes() - before, 0)
+    seconds = []
+    for is_last in (False, True):
+        began = time.perf_counter()
+        session.run(batch, release_memory=is_last)
+        seconds.append(time.perf_counter() - began)
     voxels = math.prod(size)
-    return Pace(working_bytes=grown / voxels, seconds=seconds / voxels)
+    return Pace(working_bytes=grown / voxels, seconds=min(seconds) / voxels)
 
 
 def _probe_size(patch: Shape, declared: tuple[int | str, ...]) -> Shape:
@@ -273,50 +263,6 @@ def _probe_size(patch: Shape, declared: tuple[int | str, ...]) -> Shape:
             small //= 2
         sides.append(small)
     return sides[0], sides[1], sides[2]
-
-
-def _resident_bytes() -> int:
-    """Resident set of this process; 0 where the system does not tell."""
-    fields = " ".join(_lines(Path("/proc/self/statm"))).split()
-    page_bytes = int(os.sysconf("SC_PAGE_SIZE"))
-    return int(fields[1]) * page_bytes if fields else 0
-
-
-def _left_in_groups(root: Path, groups: list[str]) -> list[int]:
-    """What the limits of this process's control groups and of those above them leave."""
-    left = []
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # v2
-            base, names = root, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        here = base / path.lstrip("/")
-        for folder in (here, *here.parents):
-            if folder == base or base in folder.parents:
-                left += _left_in(folder, *names)
-    return left
-
-
-def _left_in(folder: Path, limit: str, used: str) -> list[int]:
-    most, now = _lines(folder / limit), _lines(folder / used)
-    if not most or not now or not most[0].isdigit():  # "max"
-        return []
-    file_cache = [
-        int(line.split()[1])
-        for line in _lines(folder / "memory.stat")
-        if line.startswith(("inactive_file ", "total_inactive_file "))
-    ]
-    return [max(int(most[0]) - int(now[0]) + max(file_cache, default=0), 0)]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
 
 
 def _spacing_k(grid: Grid) -> float:

@@ -179,7 +179,7 @@ def cascade(
     token: Secret = "",
 ) -> None:
     """Compose a model of two passes (an organ's box first) of registered segmenters."""
-    with _client(url, token) as client:
+    with talk(url, token) as client:
         made = client.create_cascade(
             model,
             fine,

@@ -23,7 +23,7 @@ from celery import shared_task
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
-from models import cascade, predict, preflight
+from models import cascade, memory, predict, preflight
 from models.cascade import Case
 from models.session import OnnxSession, SessionCache, open_session
 from service import checking, entropy_map, importing, results, runs, volumes
@@ -80,7 +80,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
     flips = tuple(lease.spec.get("flips", ()))
     wants_map = bool(lease.spec.get("uncertainty"))
-    left = preflight.available_bytes(worker.settings.inference_memory_bytes)
+    left = memory.available_bytes(worker.settings.inference_memory_bytes)
     if left is not None and wants_map:
         left = max(left - MAP_BYTES * scan.voxels.size, 0)
     plan = preflight.plan(model, scan, available_bytes=left)

@@ -225,8 +225,8 @@ class Preflight(Answer):
     predicted_bytes: int = Field(description="Memory beside the loaded model; an upper bound.")
     available_bytes: int | None = Field(description="Null where nothing told.")
     predicted_s: float
-    degraded: tuple[Literal["smaller_batch", "column_blocks"], ...] = Field(
-        (), description="What was given up so that it fits; the labels are the same."
+    degraded: tuple[Literal["smaller_batch", "smaller_windows", "column_blocks"], ...] = Field(
+        (), description="What was given up so that it fits."
     )
 
 

@@ -5,15 +5,17 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from imaging import nifti
 from imaging.volume import Volume
-from models import preflight
-from models.bundle import BundleError
+from models import memory, preflight
+from models.bundle import BundleError, TensorSpec, serving_windows
 from models.predict import segment
+from models.recipe import Preprocessing
 from models.session import open_session
 from models.tiling import Windows
 
@@ -22,6 +24,7 @@ import json, sys
 from pathlib import Path
 from imaging import nifti
 from models import predict, preflight
+from models.recipe import Preprocessing
 from models.session import open_session
 
 def status(name):
@@ -148,6 +151,34 @@ def test_a_smaller_batch_is_tried_first(make_bundle, thresholds):
     assert tight.predicted_bytes < free.predicted_bytes
 
 
+def test_windows_grow_to_fit_a_volume_and_shrink_again_where_memory_is_short(wide):
+    declared = TensorSpec(name="image", shape=("batch", 1, "8*i", "8*j", "8*k"))
+
+    def manifest(patch, inputs):
+        return SimpleNamespace(
+            preprocessing=Preprocessing(), patch_size=patch, overlap=0.25, inputs=(inputs,)
+        )
+
+    free = declared.model_copy(update={"shape": ("batch", 1, "i", "j", "k")})
+    shape = (108, 108, 139)
+
+    assert serving_windows(manifest((96, 96, 64), declared), shape).size == (112, 112, 80)
+    assert serving_windows(manifest((96, 96, 64), declared)).size == (96, 96, 64)
+    assert serving_windows(manifest((96, 96, 64), free), shape).size == (96, 96, 64)
+    large = (200, 200, 200)  # 8 million voxels are more than a window may have
+    assert serving_windows(manifest((160, 160, 160), declared), large).size == (160, 160, 160)
+
+    opened = open_session(wide, num_threads=1)
+    strided = opened.manifest.model_copy(update={"inputs": (declared,)})
+    session = dataclasses.replace(opened, manifest=strided)
+    grown = preflight.plan(session, in_memory(shape))
+    short = preflight.plan(
+        session, in_memory(shape), available_bytes=int(0.99 * grown.predicted_bytes)
+    )
+    assert (grown.windows.size, grown.degraded) == ((112, 112, 80), ())
+    assert (short.windows.size, short.degraded) == ((96, 96, 64), ("smaller_windows",))
+
+
 def test_a_result_carries_its_plan_and_the_pace_is_learned(wide):
     session = open_session(wide, num_threads=1)
     volume = in_memory((100, 100, 70))
@@ -176,11 +207,11 @@ def test_the_least_of_all_limits_counts(tmp_path):
     (old / "memory.limit_in_bytes").write_text("7000000\n")
     (old / "memory.usage_in_bytes").write_text("1000000\n")
 
-    left = preflight._left_in_groups(tmp_path, ["0::/a/b", "4:cpu,memory:/c", "3:cpu:/x"])
+    left = memory._left_in_groups(tmp_path, ["0::/a/b", "4:cpu,memory:/c", "3:cpu:/x"])
 
     assert sorted(left) == [3_500_000, 6_000_000]
-    assert preflight.available_bytes(1000) == 1000
-    assert preflight.available_bytes() > 1 << 20
+    assert memory.available_bytes(1000) == 1000
+    assert memory.available_bytes() > 1 << 20
 
 
 def test_a_plan_says_in_words_what_it_needs():

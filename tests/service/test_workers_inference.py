@@ -12,8 +12,7 @@ from scipy import ndimage
 from imaging import nifti
 from imaging.phantom import make
 from models.recipe import FinetuneRecipe, Postprocess, Preprocessing, UNet3d, Window
-from service import cascades, celery_app, datasets, db, migrate, registry, runs, volumes
-from service.schemas import CascadeCreate
+from service import celery_app, datasets, db, migrate, registry, runs, volumes
 from service.settings import Settings
 from service.storage import Store
 
@@ -132,9 +131,6 @@ def test_scans_become_a_model_and_the_model_a_certified_mask(settings, sessions,
         facts = {"kind": "segment", "volume_id": scan.id, "spec": {"model": model}}
         first = ended(sessions, post(sessions, settings, **facts), log)
         second = ended(sessions, post(sessions, settings, **facts), log)
-        looked = ended(
-            sessions, post(sessions, settings, **in_two_passes(sessions, store, facts)), log
-        )
 
     assert [label["name"] for label in first.result["labels"]] == ["liver", "tumour"]
     assert first.result["bundle_digest"] == version.digest
@@ -157,26 +153,3 @@ def test_scans_become_a_model_and_the_model_a_certified_mask(settings, sessions,
         assert ndimage.label(found.voxels > 0, np.ones((3, 3, 3)))[1] == 1
     assert list(grid.shape) == scan.source_shape
     assert np.allclose(grid.affine, scan.source_affine)
-    assert first.result["cascade"] is None and first.result["quality"]["flag"] in ("ok", "review")
-    passes = looked.result["cascade"]
-    assert (passes["organ"], passes["coarse_voxels"]) == ("liver", [13, 13, 11])
-    assert passes["num_windows"]["fine"] % 2 == 0  # one flip: each window twice
-    assert looked.result["num_windows"] == sum(passes["num_windows"].values())
-    assert looked.result["flips"] == ["j"]
-    assert "coarse" in looked.result["timings_s"]
-    with sessions() as session:
-        stored = runs.artifact(session, looked.id, "uncertainty.nii.gz")
-    assert looked.result["uncertainty"]["map"]["sha256"] == stored.sha256
-    path.write_bytes(store.verify(stored.sha256).read_bytes())
-    entropies, grid = nifti.read(path)
-    assert np.allclose(grid.affine, scan.source_affine) and entropies.voxels.max() > 0
-
-
-def in_two_passes(sessions, store, facts):
-    """The segmentation by a cascade of the model, with a flip and a map."""
-    ask = CascadeCreate(fine="liver/1", coarse="liver/1", organ="liver", min_organ_ml=0.0)
-    with sessions() as session:
-        version = cascades.create(session, store, "liver-in-two", ask)
-        model = {"name": "liver-in-two", "version": 1, "digest": version.digest}
-        session.commit()
-    return {**facts, "spec": {"model": model, "flips": ["j"], "uncertainty": True}}
