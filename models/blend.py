@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from imaging.resample import argmax_on_grid
 from imaging.volume import Grid, Shape
-from models.bundle import BundleError, serving_windows
+from models.bundle import BundleError
 from models.rolling import InPlane, Layout, RollingInput, Source
 from models.session import OnnxSession
 from models.tiling import Windows, gaussian_weights
+from models.windows import serving_windows
 
 Float32Array = NDArray[np.float32]
 T = TypeVar("T")
