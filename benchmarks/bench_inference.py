@@ -34,11 +34,12 @@ from imaging.resample import resample, resampled_grid
 from imaging.volume import Shape, Volume
 from models import bundle as bundle_files
 from models import predict
-from models.bundle import Manifest, serving_windows, volume_input
+from models.bundle import Manifest, volume_input
 from models.networks.unet3d import UNet3d
 from models.preprocess import prepare
 from models.session import OnnxSession, open_session
 from models.tiling import Windows
+from models.windows import serving_windows
 
 CACHE = Path(__file__).parents[1] / "data" / "bench_inference"
 MONAI_OVERLAP = 0.5

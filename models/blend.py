@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from imaging.resample import argmax_on_grid
 from imaging.volume import Grid, Shape
-from models.bundle import BundleError, Manifest, serving_windows
+from models.bundle import BundleError, Manifest
 from models.rolling import InPlane, Layout, RollingInput, Source
 from models.tiling import Windows, gaussian_weights
+from models.windows import serving_windows
 
 Float32Array = NDArray[np.float32]
 T = TypeVar("T")

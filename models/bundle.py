@@ -11,9 +11,7 @@ SHA-256, so one hash pins everything. A bundle is written to a temporary folder 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import re
 import shutil
 import tempfile
 from datetime import datetime
@@ -22,7 +20,6 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from imaging.volume import Shape
 from models.recipe import (
     Part,
     Postprocess,
@@ -33,7 +30,6 @@ from models.recipe import (
     Size2d,
     SpacingMm,
 )
-from models.tiling import Windows, fitted
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -42,11 +38,6 @@ MODEL_FLOAT16 = "model.float16.onnx"
 """The same network with float16 inside; its inputs and outputs stay float32."""
 WEIGHTS = "weights.safetensors"
 CARD = "card.md"
-LARGEST_WINDOW = 1.5
-"""Of a window's side in serving, in those of training: the norm's statistics are of a window, so a
-much larger one is another network (docs/performance.md)."""
-LARGEST_WINDOW_VOXELS = 1 << 21
-"""Of a window in serving, unless those of training are larger: working memory grows with it."""
 
 
 class BundleError(Exception):
@@ -326,27 +317,6 @@ def volume_input(manifest: Manifest) -> tuple[Preprocessing, Size]:
     if isinstance(spec, Preprocessing2d) or len(patch) == 2:
         raise BundleError("wrong_model_kind", "the model reads 2D images, and a scan is a volume")
     return spec, patch
-
-
-def serving_windows(manifest: Manifest, shape: Shape | None = None) -> Windows:
-    """The windows that a segmenter is served with.
-
-    Those that it was trained with, or for a volume of this shape up to `LARGEST_WINDOW` times as
-    long where that covers it with less computation and stays in bounds. A network says in its
-    input's shape which extents it takes (`8*i8`); one that does not is served with what it was
-    trained with.
-
-    Raises:
-        BundleError: `wrong_model_kind`, the model reads 2D images.
-    """
-    _, patch = volume_input(manifest)
-    windows = Windows(patch, manifest.overlap)
-    declared = [re.fullmatch(r"(\d+)\*\w+", str(side)) for side in manifest.inputs[0].shape[2:]]
-    multiples = [int(found[1]) for found in declared if found is not None]
-    if shape is None or len(multiples) < 3:
-        return windows
-    best = fitted(windows, shape, (multiples[0], multiples[1], multiples[2]), LARGEST_WINDOW)
-    return windows if math.prod(best.size) > LARGEST_WINDOW_VOXELS else best
 
 
 def _fsync(path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
-from imaging.resample import argmax_on_grid, resample, resampled_grid
+from imaging.resample import LinearPlanes, argmax_on_grid, resample, resampled_grid
 from imaging.volume import Grid
 
 SPACINGS = st.tuples(*[st.floats(0.5, 6.0)] * 3)
@@ -104,7 +104,7 @@ def test_nearest_keeps_type_and_values():
 
 @pytest.mark.parametrize("target_spacing", [(0.7, 0.9, 1.1), (1.0, 1.0, 2.0), (2.6, 1.9, 3.3)])
 def test_argmax_in_slabs_equals_argmax_of_everything(target_spacing, monkeypatch):
-    monkeypatch.setattr("imaging.resample._SLAB_BYTES", 4 * 20 * 20 * 3)
+    monkeypatch.setattr("imaging.resample.SLAB_BYTES", 4 * 20 * 20 * 3)
     rng = np.random.default_rng(3)
     source = grid((13, 12, 11), (1.5, 1.5, 2.0))
     target = resampled_grid(source, target_spacing)
@@ -124,3 +124,21 @@ def test_grids_that_are_turned_against_each_other_are_refused():
 
     with pytest.raises(ValueError, match="parallel"):
         resample(np.zeros(source.shape), source, turned, order=1)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (2.3, 0.6, 1.7), (0.5, 3.0, 4.1)])
+def test_planes_read_one_by_one_equal_the_whole(spacing_mm, order):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (9, 12, 40)).astype(np.int16)
+    source = Grid((9, 12, 40), np.eye(4))
+    target = resampled_grid(source, spacing_mm)
+    whole = resample(voxels, source, target, order=1)
+    planes = LinearPlanes.of(np.asarray(voxels, order=order), source, target)
+    num_columns, num_planes = target.shape[1:]
+
+    for first, stop in ((0, num_planes), (num_planes // 2, num_planes // 2 + 1)):
+        part = planes.read(first, stop, slice(1, num_columns - 1))
+        expected = np.moveaxis(whole[:, 1 : num_columns - 1, first:stop], 2, 0)
+        np.testing.assert_allclose(part, expected, atol=2e-3)  # of 1000
+    # The control: a neighbouring plane is another one.
+    assert np.abs(planes.read(0, 1) - planes.read(1, 2)).max() > 1

@@ -13,11 +13,12 @@ import pytest
 from imaging import nifti
 from imaging.volume import Volume
 from models import memory, preflight
-from models.bundle import BundleError, TensorSpec, serving_windows
+from models.bundle import BundleError, TensorSpec
 from models.predict import segment
 from models.recipe import Preprocessing
 from models.session import open_session
 from models.tiling import Windows
+from models.windows import serving_windows
 
 CHILD = """
 import json, sys
