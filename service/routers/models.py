@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Header, Path, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from service import db, registry, schemas
+from service import db, registry, schemas, warming
 from service.errors import ServiceError
 from service.pagination import PageSize, PageToken, name_of, name_token_of
 from service.routers import deps, docs, files, views
@@ -126,7 +126,13 @@ def get_alias(
     response_model=schemas.Alias,
     responses=_WITH_ETAG
     | docs.problems(
-        "forbidden", "invalid_request", "not_found", "request_too_large", "precondition_failed"
+        "forbidden",
+        "invalid_request",
+        "not_found",
+        "request_too_large",
+        "precondition_failed",
+        "model_not_loadable",
+        "model_not_warm",
     ),
 )
 def set_alias(
@@ -136,10 +142,18 @@ def set_alias(
     ask: schemas.AliasSet,
     caller: deps.Researcher,
     session: deps.DbSession,
+    sessions: deps.Sessions,
+    settings: deps.SettingsOf,
     if_match: IfMatch = None,
 ) -> JSONResponse:
-    """Make or move an alias; with `If-Match`, only if nobody moved it meanwhile."""
+    """Make or move an alias; with `If-Match`, only if nobody moved it meanwhile.
+
+    It moves once every inference worker has the version loaded and has run it: no request waits.
+    """
     expected = _expected(session, name, alias, if_match)
+    digest = registry.get_version(session, name, ask.version).digest
+    session.rollback()  # nothing is locked while workers load the model
+    warming.before_move(sessions, settings, digest)
     row = registry.set_alias(
         session, name, alias, ask.version, principal=caller.id, if_match=expected
     )
