@@ -33,6 +33,10 @@ MESSAGE_LIFE_S = 600
 """A doorbell older than this wakes nobody; upkeep has rung again by then."""
 
 
+POLL_S = 0.02
+"""Pause between looks into the embedded broker's folder; half of it is a request's delay."""
+
+
 @lru_cache(maxsize=8)
 def make_app(settings: Settings) -> Celery:
     """A Celery application for these settings."""
@@ -116,6 +120,6 @@ def _broker(settings: Settings) -> dict[str, Any]:
         "broker_transport_options": {
             "data_folder_in": str(Path(folder)),
             "data_folder_out": str(Path(folder)),
-            "polling_interval": 0.1,
+            "polling_interval": POLL_S,
         },
     }

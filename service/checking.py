@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 
 from imaging import nifti
 from models import predict
-from models.session import OnnxSession
-from service import runs, volumes
+from service import runs, segmenting, volumes
 from service.db import RunState
 from service.lease import Keeper
+from service.resident import Held
 from service.runs import Lease
 from service.worker import Worker
 
 
-def run(worker: Worker, lease: Lease, keeper: Keeper, model: OnnxSession) -> None:
+def run(worker: Worker, lease: Lease, keeper: Keeper, held: Held) -> None:
     """Check a version on every case and record which it reproduces; a miss is no failed run."""
     found = []
     cases: list[dict[str, Any]] = lease.spec["cases"]
     for number, case in enumerate(cases):
-        found.append(_examine(worker, keeper, model, case))
+        found.append(_examine(worker, keeper, held, case))
         progress = {
             "stage": "check",
             "step": number + 1,
@@ -39,7 +39,7 @@ def run(worker: Worker, lease: Lease, keeper: Keeper, model: OnnxSession) -> Non
         "golden_digest": lease.spec["golden_digest"],
         "passed": all(one["passed"] for one in found),
         "cases": found,
-        "provider": model.provider,
+        "provider": held.session.provider,
     }
     with worker.sessions() as session:
         runs.finish(session, lease, RunState.SUCCEEDED, result=result, outcome="done")
@@ -60,21 +60,22 @@ def cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(one @ other) / scale if scale else 0.0
 
 
-def _examine(
-    worker: Worker, keeper: Keeper, model: OnnxSession, case: dict[str, Any]
-) -> dict[str, Any]:
+def _examine(worker: Worker, keeper: Keeper, held: Held, case: dict[str, Any]) -> dict[str, Any]:
     with worker.sessions() as session:
         image = volumes.get(session, case["volume_id"], kind="image")
         labels = volumes.get(session, case["labels_id"]) if case["labels_id"] else None
     scan = nifti.open_canonical(worker.store.verify(image.voxels_sha256))
     expected = case["expected"]
     if labels is None:
-        vector = predict.embed(model, scan, should_stop=keeper.should_stop).vector
+        vector = predict.embed(held.session, scan, should_stop=keeper.should_stop).vector
         found = cosine(vector, np.asarray(expected["vector"]))
         return {"name": case["name"], "cosine": found, "passed": found >= expected["min_cosine"]}
-    mask = predict.segment(model, scan, should_stop=keeper.should_stop).labels
+    _, looked = segmenting.segment(
+        worker.settings, worker.store, held, scan, should_stop=keeper.should_stop
+    )
+    mask = looked.segmentation.labels
     known = nifti.open_canonical(worker.store.verify(labels.voxels_sha256)).voxels
-    names = model.manifest.labels
+    names = held.session.manifest.labels
     scores = {}
     for label in expected["labels"]:
         if label["name"] in names:

@@ -494,6 +494,24 @@ class WorkerHeartbeat(Base):
     seen_at: Mapped[datetime] = mapped_column(server_default=db_now())
 
 
+class WarmRequest(Base):
+    """A bundle that inference workers shall keep loaded until then (`service.warming`)."""
+
+    __tablename__ = "warm_request"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    until: Mapped[datetime]
+
+
+class WarmModel(Base):
+    """A bundle that a worker has loaded and run once, or why it could not."""
+
+    __tablename__ = "warm_model"
+    worker: Mapped[str] = mapped_column(String(120), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    error: Mapped[str | None] = mapped_column(String(40))
+    created_at: Mapped[datetime] = mapped_column(server_default=db_now())
+
+
 def connect(url: str) -> Engine:
     """An engine for SQLite (WAL, foreign keys on) or PostgreSQL.
 

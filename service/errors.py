@@ -92,6 +92,7 @@ _RESOURCES = {
     "not_ready": Kind(409, "The result is not there yet"),
     "format_not_made": Kind(409, "The result was not made in this format"),
     "not_embedded": Kind(409, "The volume has no embedding of this model"),
+    "model_not_loadable": Kind(409, "The model cannot be loaded where it would run"),
     "wrong_model_kind": Kind(422, "The model is of the wrong kind"),
     "gate_failed": Kind(409, "The version has not shown what a live one must"),
     "no_version_before": Kind(409, "The alias has no version to go back to"),
@@ -107,6 +108,7 @@ _OPERATION = {
     "bundle_corrupt": Kind(500, "A stored model is not what was stored"),
     "bundle_invalid": Kind(500, "A stored model has no valid manifest"),
     "database_unavailable": Kind(503, "The database does not answer"),
+    "model_not_warm": Kind(503, "The model is still being loaded"),
     "not_live": Kind(503, "The service cannot do this just now"),
     "internal_error": Kind(500, "The service failed"),
 }

@@ -289,7 +289,13 @@ def metrics(
 
 
 def claim(
-    session: Session, run_id: str | None, queue: str, worker: str, *, lease_s: float = 30.0
+    session: Session,
+    run_id: str | None,
+    queue: str,
+    worker: str,
+    *,
+    lease_s: float = 30.0,
+    only: RunKind | None = None,
 ) -> Lease | None:
     """Take the best waiting run of a queue: highest priority, then oldest.
 
@@ -301,6 +307,7 @@ def claim(
         queue: `train` or `inference`.
         worker: Who takes it.
         lease_s: How long it is held without a heartbeat.
+        only: Take it if it is of this kind, else nothing: never a worse one past a better.
 
     Returns:
         The run, now starting; None if nothing waits.
@@ -316,7 +323,7 @@ def claim(
     )
     run = session.scalars(
         update(Run)
-        .where(Run.id == best, waiting)
+        .where(Run.id == best, waiting, true() if only is None else Run.kind == only)
         .values(
             state=RunState.STARTING,
             fence=Run.fence + 1,

@@ -106,6 +106,34 @@ class Settings(BaseSettings):
     session_cache_bytes: PositiveInt = Field(
         default=4 * GIB, description="Total size of the models an inference worker keeps loaded."
     )
+    provider: Literal["auto", "cpu", "cuda", "tensorrt", "openvino"] = Field(
+        default="auto",
+        description="What runs models in inference workers; `auto` is what `PCRL_DEVICE` says. "
+        "Another one never stands in, but see `PCRL_CPU_FALLBACK`.",
+    )
+    cpu_fallback: bool = Field(
+        default=False,
+        description="Run models on the CPU where the provider is not there; results say so in "
+        "`fell_back_from`.",
+    )
+    precision: Literal["auto", "float32", "float16"] = Field(
+        default="auto",
+        description="`auto` takes a bundle's float16 network on a GPU if it passed parity, "
+        "`float16` refuses bundles without.",
+    )
+    gpu_mem_limit_bytes: int = Field(
+        default=0, ge=0, description="Most that one model may take on the GPU; 0 is no limit."
+    )
+    warm_wait_s: PositiveFloat = Field(
+        default=60.0,
+        description="How long moving an alias waits until every inference worker has the model "
+        "loaded.",
+    )
+    embed_threads: PositiveInt = Field(
+        default=4,
+        description="Embeddings that an inference worker does at once; their windows share runs of "
+        "the network.",
+    )
     inference_threads: int = Field(
         default=0, ge=0, description="Threads of onnxruntime in a worker; 0 is one a core."
     )

@@ -8,47 +8,55 @@ is proven before anyone gets it: written, read back by another reader, compared 
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from celery import shared_task
+from celery.signals import worker_process_init
 
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
-from models import cascade, memory, predict, preflight
+from models import predict
 from models.cascade import Case
-from models.session import OnnxSession, SessionCache, open_session
-from service import checking, entropy_map, importing, results, runs, volumes
+from models.session import OnnxSession
+from service import (
+    checking,
+    entropy_map,
+    importing,
+    resident,
+    results,
+    runs,
+    segmenting,
+    volumes,
+    warmer,
+)
 from service.db import RunKind, RunState
 from service.db import Volume as VolumeRow
 from service.embeddings import NewEmbedding
 from service.entropy_map import StoredMap
 from service.lease import Keeper
+from service.resident import Held
 from service.results import INTENDED_USE
 from service.runs import Lease, NewArtifact
-from service.settings import Settings
-from service.worker import Worker, this_worker, work_through
+from service.worker import Worker, heartbeat_name, this_worker, work_through
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
-MAP_BYTES = 3
-"""A voxel of the scan: the map of the entropy at both spacings, and its way to the file."""
 
 
 @shared_task(name="service.infer", ignore_result=True)  # type: ignore[untyped-decorator]  # Celery
 def infer(run_id: str) -> None:
     """Work until the inference queue is empty; the id is a doorbell and no more."""
     logger.debug("woken for %s", run_id)
-    work_through(this_worker("inference"), run)
+    work_through(this_worker("inference"), run, together=RunKind.EMBED)
 
 
 def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
@@ -56,42 +64,44 @@ def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
     with worker.sessions() as session:
         runs.started(session, lease)
     try:
-        if lease.kind is RunKind.CHECK:
-            checking.run(worker, lease, keeper, _model(worker, lease))
-            return
         if lease.kind is RunKind.IMPORT:
             importing.run(worker, lease, keeper)
             return
-        with worker.sessions() as session:
-            volume = volumes.get(session, str(lease.volume_id), kind="image")
-        if lease.kind is RunKind.SEGMENT:
-            _segment(worker, lease, keeper, volume)
-        else:
-            _embed(worker, lease, keeper, volume)
+        resident.using(
+            worker.settings,
+            worker.store,
+            str(lease.spec["model"]["digest"]),
+            lambda held: _do(worker, lease, keeper, held),
+        )
     except predict.Stopped:
         _stopped(worker, lease, keeper)
 
 
-def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None:
-    began = time.monotonic()
-    model = _model(worker, lease)
-    coarse = _coarse_model(worker, lease, model)
-    opened_s = time.monotonic() - began
+def _do(worker: Worker, lease: Lease, keeper: Keeper, held: Held) -> None:
+    if lease.kind is RunKind.CHECK:
+        checking.run(worker, lease, keeper, held)
+        return
+    with worker.sessions() as session:
+        volume = volumes.get(session, str(lease.volume_id), kind="image")
+    if lease.kind is RunKind.SEGMENT:
+        _segment(worker, lease, keeper, volume, held)
+    else:
+        _embed(worker, lease, keeper, volume, held)
+
+
+def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: Held) -> None:
+    began = time.monotonic() - held.opened_s
+    model = held.session
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
     flips = tuple(lease.spec.get("flips", ()))
-    wants_map = bool(lease.spec.get("uncertainty"))
-    left = memory.available_bytes(worker.settings.inference_memory_bytes)
-    if left is not None and wants_map:
-        left = max(left - MAP_BYTES * scan.voxels.size, 0)
-    plan = preflight.plan(model, scan, available_bytes=left)
-    _say(worker, lease, f"the segmentation {plan}")
-    case = cascade.segment_case(
-        model,
+    plan, case = segmenting.segment(
+        worker.settings,
+        worker.store,
+        held,
         scan,
-        coarse=coarse,
         flips=flips,
-        wants_map=wants_map,
-        plan=plan,
+        wants_map=bool(lease.spec.get("uncertainty")),
+        on_plan=lambda plan: _say(worker, lease, f"the segmentation {plan}"),
         progress=_progress(worker, lease),
         should_stop=keeper.should_stop,
     )
@@ -129,7 +139,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         ]
     names = model.manifest.labels
     result = {
-        **_provenance(lease, model),
+        **_provenance(lease, held),
         "labels": [
             {
                 "name": name,
@@ -155,7 +165,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         },
         **published.result,
         "timings_s": {
-            "model": opened_s,
+            "model": held.opened_s,
             **found.timings_s,
             "write": write_s,
             "total": time.monotonic() - began,
@@ -167,21 +177,20 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
         )
 
 
-def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None:
-    began = time.monotonic()
-    model = _model(worker, lease)
-    opened_s = time.monotonic() - began
+def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: Held) -> None:
+    began = time.monotonic() - held.opened_s
+    model = held.session
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
     found = predict.embed(
         model, scan, progress=_progress(worker, lease), should_stop=keeper.should_stop
     )
     result = {
-        **_provenance(lease, model),
+        **_provenance(lease, held),
         "vector": [float(value) for value in found.vector],
         "dimension": len(found.vector),
         "num_windows": found.num_windows,
         "timings_s": {
-            "model": opened_s,
+            "model": held.opened_s,
             **found.timings_s,
             "total": time.monotonic() - began,
         },
@@ -197,54 +206,6 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None
         runs.finish(
             session, lease, RunState.SUCCEEDED, result=result, outcome="done", embedding=stored
         )
-
-
-def device_of(settings: Settings) -> str:
-    """`cpu` or `cuda`: what was asked; `auto` is CUDA where both the GPU and its runtime are."""
-    if settings.device != "auto":
-        return settings.device
-    try:
-        metadata.version("onnxruntime-gpu")
-    except metadata.PackageNotFoundError:
-        return "cpu"
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-
-
-@cache
-def _sessions_of(max_bytes: int) -> SessionCache:
-    return SessionCache(max_bytes)
-
-
-def _model(worker: Worker, lease: Lease) -> OnnxSession:
-    digest = str(lease.spec["model"]["digest"])
-    settings = worker.settings
-    return _sessions_of(settings.session_cache_bytes).get(
-        digest,
-        lambda: open_session(
-            worker.store.bundle_dir(digest),
-            device=device_of(settings),
-            num_threads=settings.inference_threads,
-            digest=digest,
-        ),
-    )
-
-
-def _coarse_model(worker: Worker, lease: Lease, model: OnnxSession) -> OnnxSession | None:
-    """The network that finds the organ, where the bundle brings one; it stays loaded too."""
-    spec = model.manifest.cascade
-    if spec is None or spec.coarse is None:
-        return None
-    settings = worker.settings
-    return _sessions_of(settings.session_cache_bytes).get(
-        f"{model.digest}/coarse",
-        lambda: open_session(
-            worker.store.bundle_dir(model.digest),
-            device=device_of(settings),
-            num_threads=settings.inference_threads,
-            digest=model.digest,
-            part="coarse",
-        ),
-    )
 
 
 def _looks(model: OnnxSession, case: Case, entropies: StoredMap | None) -> dict[str, Any]:
@@ -263,13 +224,8 @@ def _looks(model: OnnxSession, case: Case, entropies: StoredMap | None) -> dict[
     }
 
 
-def _provenance(lease: Lease, model: OnnxSession) -> dict[str, Any]:
-    return {
-        "model": lease.spec["model"],
-        "bundle_digest": model.digest,
-        "provider": model.provider,
-        "intended_use": INTENDED_USE,
-    }
+def _provenance(lease: Lease, held: Held) -> dict[str, Any]:
+    return {"model": lease.spec["model"], **held.facts(), "intended_use": INTENDED_USE}
 
 
 def _source(row: VolumeRow) -> Grid:
@@ -327,3 +283,13 @@ def _fail(worker: Worker, lease: Lease, code: str, detail: str) -> None:
             error={"code": code, "detail": detail},
             outcome="error",
         )
+
+
+def _on_process_init(**_: Any) -> None:
+    """In the process that works, after it was forked: load the models that aliases point at."""
+    worker = this_worker("inference")
+    name = heartbeat_name("inference", os.getppid())
+    warmer.Warmer(worker.sessions, worker.settings, worker.store, name).start()
+
+
+worker_process_init.connect(_on_process_init, weak=False)

@@ -14,6 +14,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +27,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from imaging.errors import ScanError
 from models.bundle import BundleError
 from service import lease, runs
-from service.db import RunState, WorkerHeartbeat, connect, db_now, insert_if_absent
+from service.db import RunKind, RunState, WorkerHeartbeat, connect, db_now, insert_if_absent
 from service.db import sessions as sessions_of
 from service.errors import ServiceError
 from service.lease import Keeper
@@ -36,6 +37,8 @@ from service.storage import BlobCorrupt, Store
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 0.05
+"""Pause between looks for runs to be done beside those at work."""
 INTERNAL_DETAIL = "the worker failed; its log has the place under the run's id"
 
 
@@ -70,19 +73,48 @@ def make_worker(settings: Settings, queue: str, *, name: str) -> Worker:
     return Worker(settings, sessions, Store(settings.data_dir), queue, name[-120:])
 
 
-def work_through(worker: Worker, work: Work) -> int:
-    """Claim and do runs until the queue is empty or the worker shuts down; returns how many."""
+def work_through(worker: Worker, work: Work, *, together: RunKind | None = None) -> int:
+    """Claim and do runs until the queue is empty or the worker shuts down; returns how many.
+
+    Runs of the kind `together` that follow each other in the queue are done at once, in threads.
+    """
     done = 0
     with _sigterm_raises_the_flag():
-        while not lease.is_shutting_down():
-            with worker.sessions() as session:
-                claimed = runs.claim(
-                    session, None, worker.queue, worker.name, lease_s=worker.settings.lease_s
-                )
-            if claimed is None:
-                break
-            done += 1
-            work_on(worker, claimed, work)
+        while (claimed := _claim(worker)) is not None:
+            if claimed.kind is together:
+                done += _work_together(worker, claimed, work)
+            else:
+                done += 1
+                work_on(worker, claimed, work)
+    return done
+
+
+def _claim(worker: Worker, only: RunKind | None = None) -> Lease | None:
+    """The best waiting run; None if there is none, or the worker shuts down."""
+    if lease.is_shutting_down():
+        return None
+    lease_s = worker.settings.lease_s
+    with worker.sessions() as session:
+        return runs.claim(session, None, worker.queue, worker.name, lease_s=lease_s, only=only)
+
+
+def _work_together(worker: Worker, first: Lease, work: Work) -> int:
+    """Do a claimed run, and beside it those of its kind that are next; returns how many.
+
+    While the network runs for one, the others' scans are read and their results written.
+    """
+    done, num_threads = 0, worker.settings.embed_threads
+    at_work: set[Future[None]] = set()
+    claimed: Lease | None = first
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="together") as pool:
+        while claimed is not None or at_work:
+            if claimed is not None:
+                done += 1
+                at_work.add(pool.submit(work_on, worker, claimed, work))
+            if claimed is None or len(at_work) == num_threads:
+                at_work = wait(at_work, LOOK_S, FIRST_COMPLETED).not_done
+            is_room = 0 < len(at_work) < num_threads  # none at work: the best run, of any kind
+            claimed = _claim(worker, first.kind) if is_room else None
     return done
 
 
@@ -94,7 +126,8 @@ def work_on(worker: Worker, claimed: Lease, work: Work) -> None:
     except Fenced:
         logger.warning("run %s was taken back from this worker", claimed.run_id)
     except (ScanError, BundleError) as error:
-        fail(worker, claimed, error.code, error.detail)
+        outcome: runs.Outcome = "oom" if error.code.endswith("_out_of_memory") else "error"
+        fail(worker, claimed, error.code, error.detail, outcome=outcome)
     except ServiceError as error:
         fail(worker, claimed, error.code, error.detail)
     except BlobCorrupt as error:
@@ -128,6 +161,11 @@ def log_place(run_id: str, error: BaseException) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     places = " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames[-12:]))
     logger.error("run %s failed: %s at %s", run_id, type(error).__name__, places)
+
+
+def heartbeat_name(queue: str, pid: int) -> str:
+    """Under which name the listening process with this id is seen."""
+    return f"{socket.gethostname()}:{pid}:{queue}"[-120:]
 
 
 def beat(sessions: sessionmaker[Session], name: str, queue: str, device: str) -> None:
@@ -174,7 +212,7 @@ class _Pulse:
     def _run(self, settings: Settings, queues: list[str]) -> None:
         engine = connect(settings.database_url)
         sessions = sessions_of(engine)
-        names = {queue: f"{socket.gethostname()}:{os.getpid()}:{queue}"[-120:] for queue in queues}
+        names = {queue: heartbeat_name(queue, os.getpid()) for queue in queues}
         while True:
             with _logged("heartbeat"):
                 for queue, name in names.items():

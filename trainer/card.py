@@ -178,8 +178,9 @@ def _parity_lines(manifest: Manifest) -> list[str]:
         "## ONNX against torch",
         "",
         *(
-            f"- {parity.input_kind} input {list(parity.shape)}: largest difference "
-            f"{parity.max_abs_difference:.2g} (at most {parity.tolerance:.2g} allowed)."
+            f"- {parity.precision}, {parity.input_kind} input {list(parity.shape)}: "
+            f"largest difference {parity.max_abs_difference:.2g} "
+            f"(at most {parity.tolerance:.2g} allowed)."
             for parity in manifest.parity
         ),
     ]

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -37,6 +38,7 @@ from models.recipe import (
     Size,
     Size2d,
 )
+from trainer import half
 from trainer.build import build, norm_of, num_outputs
 from trainer.card import card_text
 from trainer.checkpoint import State
@@ -48,6 +50,12 @@ TOLERANCE = 1e-3
 """Largest difference, as a part of the largest value of torch's answer where that is above 1."""
 MIN_AGREEMENT = 0.9999
 """Of the argmax of logits, and the cosine of embeddings."""
+
+Precision = Literal["float32", "float16"]
+LIMITS: dict[Precision, tuple[float, float]] = {
+    "float32": (TOLERANCE, MIN_AGREEMENT),
+    "float16": (half.TOLERANCE, half.MIN_AGREEMENT),
+}
 
 _RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 STRIDES = {2: resnet_unet2d.STRIDE, 3: unet3d.STRIDE}
@@ -104,6 +112,13 @@ def publish(state: State, folder: Path, report: Report) -> Path:
         facts: dict[str, str] = {"norm": norm_of(recipe), "network": recipe.network.kind}
         save_file(tensors, weights, metadata=facts)
         files = {bundle.MODEL: model, bundle.WEIGHTS: weights}
+        if parity:  # what is not proven in float32 is not tried in float16
+            small = Path(scratch) / bundle.MODEL_FLOAT16
+            half.write_float16(model, small)
+            proof = _measure(served, small, state["sample"].float(), manifest, "float16")
+            if all(one.passed for one in proof):
+                files[bundle.MODEL_FLOAT16] = small
+                manifest = manifest.model_copy(update={"parity": (*parity, *proof)})
         digest = bundle.save(folder, manifest, files, card_text(manifest))
     report.progress("export", 1, 1)
     report.result(folder.name, digest)
@@ -177,10 +192,27 @@ def check_parity(
 ) -> tuple[Parity, ...]:
     """Compare torch and onnxruntime on random and on real input.
 
-    The random input has another batch and other extents than the example of the export.
-
     Raises:
         ParityError: Beyond the tolerance.
+    """
+    found = _measure(network, model, real, manifest, "float32")
+    bad = [parity for parity in found if not parity.passed]
+    if bad:
+        shown = "; ".join(
+            f"{p.input_kind}: max difference {p.max_abs_difference:.3g} of {p.tolerance:.3g}"
+            f", argmax agreement {p.argmax_agreement}, cosine {p.embedding_cosine}"
+            for p in bad
+        )
+        raise ParityError(f"onnxruntime and torch disagree: {shown}")
+    return found
+
+
+def _measure(
+    network: nn.Module, model: Path, real: Tensor, manifest: Manifest, precision: Precision
+) -> tuple[Parity, ...]:
+    """How far an ONNX file is from torch, on the CPU.
+
+    The random input has another batch and other extents than the example of the export.
     """
     num_axes = len(manifest.patch_size)
     extents = [times * STRIDES[num_axes] for times in (2, 3, 4)[:num_axes]]
@@ -195,15 +227,8 @@ def check_parity(
         with torch.inference_mode():
             expected = network(image).numpy()
         actual = session.run(None, {"image": image.numpy()})[0]
-        found.append(_compare(expected, actual, manifest, kind, tuple(image.shape)))
-    bad = [parity for parity in found if not parity.passed]
-    if bad:
-        shown = "; ".join(
-            f"{p.input_kind}: max difference {p.max_abs_difference:.3g} of {p.tolerance:.3g}"
-            f", argmax agreement {p.argmax_agreement}, cosine {p.embedding_cosine}"
-            for p in bad
-        )
-        raise ParityError(f"onnxruntime and torch disagree: {shown}")
+        shape = tuple(image.shape)
+        found.append(_compare(expected, actual, manifest, kind, shape, precision=precision))
     return tuple(found)
 
 
@@ -213,8 +238,11 @@ def _compare(
     manifest: Manifest,
     kind: str,
     shape: tuple[int, ...],
+    *,
+    precision: Precision,
 ) -> Parity:
-    tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    allowed, least = LIMITS[precision]
+    tolerance = allowed * max(1.0, float(np.abs(expected).max()))
     difference = float(np.abs(expected - actual).max())
     agreement = cosine = None
     if manifest.kind == "segmenter" and manifest.activation == "softmax":
@@ -234,8 +262,9 @@ def _compare(
         tolerance=tolerance,
         argmax_agreement=agreement,
         embedding_cosine=cosine,
+        precision=precision,
         # NaN compares false, so it fails too.
-        passed=bool(difference <= tolerance and worst >= MIN_AGREEMENT),
+        passed=bool(difference <= tolerance and worst >= least),
     )
 
 

@@ -9,7 +9,7 @@ cache       resident sessions: least recently used leave, live ones never
 """
 
 from models.session.cache import SessionCache
-from models.session.memory import OUT_OF_MEMORY, give_memory_back
+from models.session.memory import HOST, OUT_OF_MEMORY, give_memory_back
 from models.session.opening import OnnxSession, Precision, open_session
 from models.session.providers import (
     CPU,
@@ -26,6 +26,7 @@ __all__ = [
     "CPU",
     "CUDA",
     "DISTRIBUTIONS",
+    "HOST",
     "OPENVINO",
     "OUT_OF_MEMORY",
     "TENSORRT",

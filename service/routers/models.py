@@ -9,7 +9,7 @@ from fastapi import Header, Path, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import AwareDatetime
 
-from service import db, gate, moves, registry, schemas
+from service import db, gate, moves, registry, schemas, warming
 from service.auth import Role
 from service.errors import ServiceError
 from service.pagination import PageSize, PageToken, name_of, name_token_of
@@ -143,6 +143,8 @@ def get_alias(
         "request_too_large",
         "precondition_failed",
         "gate_failed",
+        "model_not_loadable",
+        "model_not_warm",
     ),
 )
 def set_alias(
@@ -152,17 +154,24 @@ def set_alias(
     ask: schemas.AliasSet,
     caller: deps.Researcher,
     session: deps.DbSession,
+    sessions: deps.Sessions,
+    settings: deps.SettingsOf,
     if_match: IfMatch = None,
 ) -> JSONResponse:
     """Make or move an alias; with `If-Match`, only if nobody moved it meanwhile.
 
-    The version must pass the gate: parity, a complete card, the golden cases.
+    The version must pass the gate (parity, a complete card, the golden cases). It moves once every
+    inference worker has the version loaded and has run it: no request waits.
     """
     expected = expected_revision(session, name, alias, if_match)
     version = registry.get_version(session, name, ask.version)
     reason = ask.override_reason
     if reason is not None and not caller.role.covers(Role.ADMIN):
         raise ServiceError(403, "forbidden", "only an admin moves an alias against the gate")
+    gate.require(session, version, may_override=reason is not None)
+    session.rollback()  # nothing is locked while workers load the model
+    warming.before_move(sessions, settings, version.digest)
+    version = registry.get_version(session, name, ask.version)
     unmet = gate.require(session, version, may_override=reason is not None)
     row = registry.set_alias(
         session, name, alias, ask.version, principal=caller.id, if_match=expected
