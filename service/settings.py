@@ -106,6 +106,11 @@ class Settings(BaseSettings):
     session_cache_bytes: PositiveInt = Field(
         default=4 * GIB, description="Total size of the models an inference worker keeps loaded."
     )
+    search_cache_bytes: int = Field(
+        default=1 * GIB,
+        ge=0,
+        description="Embeddings that an API process keeps in memory for searching; 0 keeps none.",
+    )
     inference_threads: int = Field(
         default=0, ge=0, description="Threads of onnxruntime in a worker; 0 is one a core."
     )
