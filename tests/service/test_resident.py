@@ -43,7 +43,6 @@ def add_volumes(session, numbers, **facts) -> None:
 def put(session, number, vector, digest=ONE) -> None:
     new = NewEmbedding("enc", 1, digest, np.asarray(vector, np.float32))
     embeddings.record(session, f"emb_{number:032x}", volume_id(number), new)
-    session.commit()
 
 
 def find(session, query, *, limit=5, max_bytes=PLENTY, digest=ONE, **filters):
@@ -72,6 +71,7 @@ def filled(session):
     add_volumes(session, range(50, 60), modality="MR")
     for number, vector in enumerate(vectors):
         put(session, number, vector)
+    session.commit()
     return vectors
 
 
