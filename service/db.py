@@ -356,6 +356,23 @@ class Embedding(Base):
     __table_args__ = (CheckConstraint("dims > 0 AND length(vector) = 4 * dims", name="dims"),)
 
 
+class EmbeddingSpace(Base):
+    """How often the stored embeddings of a bundle have changed; triggers count (migration 0004)."""
+
+    __tablename__ = "embedding_space"
+    bundle_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger)
+
+
+class EmbeddingChange(Base):
+    """A volume whose embedding was written, replaced or removed; the last 10,000 of a bundle."""
+
+    __tablename__ = "embedding_change"
+    bundle_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    volume_id: Mapped[str] = mapped_column(String(40))
+
+
 class Model(Base):
     """A registered model: a name with versions."""
 

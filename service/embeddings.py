@@ -152,25 +152,41 @@ def search(
     Raises:
         ServiceError: 422 `invalid_request` if the bundle's vectors are not of E numbers.
     """
+    dims_of(session, bundle_digest, query)
+    unit = unit_of(query)
+    best_ids: list[str] = []
+    best: Vector = np.empty(0)
+    num_compared = 0
+    for ids, vectors in _blocks(session, bundle_digest, query.size, filters):
+        compared = cosines(vectors, unit)
+        kept = _top(compared, limit)
+        best = np.concatenate([best, compared[kept]])
+        best_ids += [ids[index] for index in kept]
+        order = np.argsort(-best, kind="stable")[:limit]  # a tie keeps the order of the ids
+        best, best_ids = best[order], [best_ids[index] for index in order]
+        num_compared += len(ids)
+    return Found(described(session, bundle_digest, best_ids, best), num_compared)
+
+
+def dims_of(session: Session, bundle_digest: str, query: Vector) -> int | None:
+    """E of a bundle's vectors, None where there are none. Commits.
+
+    Raises:
+        ServiceError: 422 `invalid_request` if the query's size is another one.
+    """
     stored = select(Embedding.dims).where(Embedding.bundle_digest == bundle_digest).limit(1)
     dims = session.scalar(stored)
     session.commit()
     if dims is not None and dims != query.size:
         raise _wrong_size(query.size, dims)
+    return dims
+
+
+def unit_of(query: Vector) -> Vector:
+    """A query (E,) at length 1, or zeros."""
     scaled = query / (np.abs(query).max() or 1.0)  # a caller's numbers could overflow when squared
-    unit = scaled / (np.linalg.norm(scaled) or 1.0)
-    best_ids: list[str] = []
-    best: Vector = np.empty(0)
-    num_compared = 0
-    for ids, vectors in _blocks(session, bundle_digest, query.size, filters):
-        cosines = _cosines(vectors, unit)
-        kept = _top(cosines, limit)
-        best = np.concatenate([best, cosines[kept]])
-        best_ids += [ids[index] for index in kept]
-        order = np.argsort(-best, kind="stable")[:limit]  # a tie keeps the order of the ids
-        best, best_ids = best[order], [best_ids[index] for index in order]
-        num_compared += len(ids)
-    return Found(_described(session, bundle_digest, best_ids, best), num_compared)
+    unit: Vector = scaled / (np.linalg.norm(scaled) or 1.0)
+    return unit
 
 
 def _top(cosines: Vector, limit: int) -> npt.NDArray[np.intp]:
@@ -181,14 +197,14 @@ def _top(cosines: Vector, limit: int) -> npt.NDArray[np.intp]:
     return np.flatnonzero(cosines >= cosines[last])
 
 
-def _cosines(vectors: Vector, unit: Vector) -> Vector:
+def cosines(vectors: Vector, unit: Vector) -> Vector:
     """Of each row of (N, E) and a vector (E,) of length 1: (N,); 0 for a row of zeros.
 
     Squares of float32 numbers neither over- nor underflow in float64.
     """
     lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
-    cosines = (vectors @ unit) / np.where(lengths > 0.0, lengths, 1.0)
-    return np.clip(np.round(cosines, DECIMALS), -1.0, 1.0)
+    found = (vectors @ unit) / np.where(lengths > 0.0, lengths, 1.0)
+    return np.clip(np.round(found, DECIMALS), -1.0, 1.0)
 
 
 def _blocks(
@@ -228,9 +244,10 @@ def _filtered(wanted: Select[str, bytes], filters: Filters) -> Select[str, bytes
     return wanted
 
 
-def _described(
+def described(
     session: Session, bundle_digest: str, ids: Sequence[str], cosines: Vector
 ) -> tuple[Similar, ...]:
+    """What was found, with its volume's facts; without what was removed meanwhile. Commits."""
     rows = session.execute(
         select(Embedding.volume_id, Embedding.run_id, Volume.subject, Volume.modality)
         .join(Volume, Volume.id == Embedding.volume_id)

@@ -133,6 +133,10 @@ class Settings(BaseSettings):
         default=4,
         description="Embeddings that an inference worker does at once; their windows share runs of "
         "the network.",
+    search_cache_bytes: int = Field(
+        default=1 * GIB,
+        ge=0,
+        description="Embeddings that an API process keeps in memory for searching; 0 keeps none.",
     )
     inference_threads: int = Field(
         default=0, ge=0, description="Threads of onnxruntime in a worker; 0 is one a core."

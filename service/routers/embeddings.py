@@ -9,7 +9,7 @@ from fastapi import Query
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
-from service import db, embeddings, registry, runs, schemas, volumes
+from service import db, embeddings, registry, runs, schemas, spaces, volumes
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import answers, deps, docs, inference, views
 from service.routers.runs import require_kind
@@ -116,12 +116,15 @@ def cancel_embedding(
     ),
 )
 def search_embeddings(
-    ask: schemas.EmbeddingSearch, _caller: deps.Viewer, session: deps.DbSession
+    ask: schemas.EmbeddingSearch,
+    _caller: deps.Viewer,
+    session: deps.DbSession,
+    settings: deps.SettingsOf,
 ) -> schemas.SimilarCases:
     """The scans whose embeddings by one model have the largest cosine to a given one."""
     model, query, subject = _question(session, ask)
     is_same_left_out = ask.filters.exclude_same_subject
-    found = embeddings.search(
+    found = spaces.search(
         session,
         query,
         model.digest,
@@ -131,6 +134,7 @@ def search_embeddings(
             kind=ask.filters.kind,
             not_subject=subject if is_same_left_out else None,
         ),
+        max_bytes=settings.search_cache_bytes,
     )
     items = tuple(
         schemas.SimilarCase(
