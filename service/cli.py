@@ -7,7 +7,6 @@ settings; client commands (`upload`, `dataset`, `pretrain`, `finetune`, `runs`, 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from datetime import UTC, datetime, timedelta
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service import cli_client, migrate
+from service import cli_client, logs, migrate
 from service.process import stop_with_parent
 from service.settings import Settings, get_settings
 
@@ -58,7 +57,7 @@ def up(
             stack.supervise()
     except KeyboardInterrupt:
         console.print("stopped")
-    except StackError as error:
+    except (StackError, migrate.SchemaError) as error:
         sys.exit(str(error))
 
 
@@ -72,7 +71,8 @@ def api() -> None:
     from service.db import connect, sessions
 
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(settings)
+    require_schema(settings)
     engine = connect(settings.database_url)
     with sessions(engine)() as session:
         token = ensure_admin_token(session, settings)
@@ -84,6 +84,7 @@ def api() -> None:
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level.lower(),
+        log_config=None,  # ours, for uvicorn's own lines too
         access_log=False,  # the app writes its own, without query strings
         server_header=False,
         timeout_graceful_shutdown=30,
@@ -96,8 +97,15 @@ def worker(
 ) -> None:
     """Work on a queue: `inference` (resident models) or `train` (one training at a time)."""
     from service.celery_app import worker_command
+    from service.device import only
 
-    command = worker_command(queue, settings=get_settings())
+    settings = get_settings()
+    require_schema(settings)
+    try:
+        only(settings.device, os.environ)
+    except ValueError as error:
+        sys.exit(str(error))
+    command = worker_command(queue, settings=settings)
     os.execv(command[0], command)  # noqa: S606 - our own command; signals reach Celery itself
 
 
@@ -106,7 +114,9 @@ def upkeep() -> None:
     """Ring for waiting runs, take back lost ones, sweep what was left over."""
     from service.upkeep import run
 
-    run(get_settings())
+    settings = get_settings()
+    require_schema(settings)
+    run(settings)
 
 
 @app.command("migrate")
@@ -114,7 +124,11 @@ def migrate_command(
     revision: Annotated[str, typer.Option(help="Alembic revision.")] = "head",
 ) -> None:
     """Bring the database to this version's tables."""
-    migrate.upgrade(get_settings().database_url, revision)
+    try:
+        migrate.upgrade(get_settings().database_url, revision)
+    except migrate.SchemaError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(os.EX_CONFIG) from None
     print("the database is up to date")
 
 
@@ -153,6 +167,20 @@ def doctor() -> None:
         console.print(f"{mark}  {finding.what}: {finding.detail}", highlight=False)
     if not all(finding.is_ok for finding in findings):
         raise typer.Exit(1)
+
+
+def require_schema(settings: Settings) -> None:
+    """End the process (78, EX_CONFIG) on tables of an older or newer version."""
+    from service.db import connect
+
+    engine = connect(settings.database_url)
+    try:
+        migrate.require_current(engine)
+    except migrate.SchemaError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(os.EX_CONFIG) from None
+    finally:
+        engine.dispose()
 
 
 def main() -> None:

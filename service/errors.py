@@ -54,6 +54,7 @@ _REQUEST = {
     "digest_mismatch": Kind(422, "The bytes do not have the digest that was announced"),
     "idempotency_mismatch": Kind(422, "The idempotency key was used for another request"),
     "idempotency_in_flight": Kind(409, "The first request with this key is still being answered"),
+    "quota_exceeded": Kind(429, "The caller has as much as it may have"),
     "request_failed": Kind(400, "The request could not be served"),
 }
 _SCANS = {

@@ -161,7 +161,7 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None
 def device_of(settings: Settings) -> str:
     """`cpu` or `cuda`: what was asked; `auto` is CUDA where both the GPU and its runtime are."""
     if settings.device != "auto":
-        return settings.device
+        return settings.device.partition(":")[0]
     try:
         metadata.version("onnxruntime-gpu")
     except metadata.PackageNotFoundError:

@@ -17,7 +17,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import celery_app, db, runs, uploads, volumes
+from service import celery_app, db, logs, runs, uploads, volumes
 from service.db import Idempotency, Run, RunState, WorkerHeartbeat, db_now
 from service.errors import ServiceError
 from service.settings import Settings
@@ -31,7 +31,7 @@ DAY_S = 86400.0
 
 def run(settings: Settings, *, stop: threading.Event | None = None) -> None:
     """Loop until `stop` is set, or SIGTERM or SIGINT comes."""
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(settings)
     stop = stop or threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -28,6 +28,7 @@ CREATE_PROBLEMS = (
     "wrong_volume_kind",
     "idempotency_mismatch",
     "idempotency_in_flight",
+    "quota_exceeded",
 )
 
 

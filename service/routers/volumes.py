@@ -11,11 +11,12 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from imaging.identity import Policy
-from service import db, schemas, volumes
+from service import db, quota, schemas, volumes
 from service.auth import Principal
 from service.errors import ServiceError
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import deps, docs, files, receiving, views
+from service.settings import Settings
 from service.storage import Store
 
 _BODY = {
@@ -45,6 +46,7 @@ router = deps.router("volumes")
         "unsupported_media_type",
         "request_too_large",
         "insufficient_storage",
+        "quota_exceeded",
         *receiving.SCAN_PROBLEMS,
     ),
 )
@@ -65,6 +67,7 @@ async def upload_volume(
     receiving.check_media_type(request)
     announced = receiving.declared_size(request) or 0
     await run_in_threadpool(receiving.check_room, store, announced, settings.max_upload_bytes)
+    await run_in_threadpool(_check_quota, sessions, caller, settings, announced)
     writer = await run_in_threadpool(store.receive, max_bytes=settings.max_upload_bytes)
     with writer:
         await receiving.receive(request, writer)
@@ -165,6 +168,13 @@ def delete_volume(
 ) -> None:
     """Delete a volume that no dataset and no run refers to, and its files."""
     volumes.delete(session, store, volume_id)
+
+
+def _check_quota(
+    sessions: sessionmaker[Session], caller: Principal, settings: Settings, announced: int
+) -> None:
+    with sessions() as session:
+        quota.check_bytes(session, caller.id, settings, more=announced)
 
 
 def _ingest(
