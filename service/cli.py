@@ -133,6 +133,49 @@ def migrate_command(
 
 
 @app.command()
+def backup(
+    target: Annotated[Path, typer.Argument(help="A new folder, or a new file that ends in .tar.")],
+    secrets: Annotated[
+        bool, typer.Option(help="With the key of the patients' pseudonyms, or without.")
+    ] = True,
+) -> None:
+    """Back up database, store, checkpoints and secrets, while the service works."""
+    from service.backup import backup as make
+    from service.backup_form import BackupError
+    from service.routers.health import product_version
+
+    try:
+        made = make(get_settings(), target, version=product_version(), with_secrets=secrets)
+    except (BackupError, migrate.SchemaError) as error:
+        sys.exit(str(error))
+    found = made.manifest
+    print(
+        f"{made.path}: revision {found.revision}, {sum(found.rows.values())} rows, "
+        f"{found.num_blobs} files ({found.blob_bytes / 1e9:.2f} GB), {len(found.bundles)} models"
+        + ("" if found.has_secrets else "; without the key of the pseudonyms")
+    )
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(help="What `pcrl backup` made.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Lose what is there.")] = False,
+) -> None:
+    """Check a backup by its digests and put it in place; the service must be stopped."""
+    from service.backup_form import BackupError
+    from service.restore import restore as put_in_place
+
+    try:
+        found = put_in_place(get_settings(), source, replace=replace)
+    except (BackupError, migrate.SchemaError) as error:
+        sys.exit(str(error))
+    print(
+        f"restored {sum(found.rows.values())} rows and {found.num_blobs} files of "
+        f"{found.created_at:%Y-%m-%d %H:%M} UTC; start the service"
+    )
+
+
+@app.command()
 def token(
     name: Annotated[str, typer.Argument(help="Whom or what it is for.")],
     role: Annotated[

@@ -193,6 +193,7 @@ class Volume(Base):
     intake: Mapped[dict[str, Any]]
     created_by: Mapped[str] = mapped_column(String(40))
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    original_removed_at: Mapped[datetime | None]
     __table_args__ = (
         UniqueConstraint("original_sha256", "kind", "subject", "series_selector"),
         CheckConstraint("kind IN ('image', 'labels')", name="kind"),

@@ -91,6 +91,7 @@ _RESOURCES = {
     "run_already_ended": Kind(409, "The run has already ended"),
     "not_ready": Kind(409, "The result is not there yet"),
     "format_not_made": Kind(409, "The result was not made in this format"),
+    "no_longer_kept": Kind(410, "The file was removed when its time was over"),
     "not_embedded": Kind(409, "The volume has no embedding of this model"),
     "wrong_model_kind": Kind(422, "The model is of the wrong kind"),
     "incompatible_parent": Kind(422, "The parent's network does not fit the recipe's"),

@@ -20,6 +20,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, make_url
 
 import migrations
+from service.db import connect
 
 
 class SchemaError(Exception):
@@ -91,8 +92,6 @@ def is_known(revision: str) -> bool:
 
 
 def _refuse_newer(url: str) -> None:
-    from service.db import connect
-
     engine = connect(url)
     try:
         at = found(engine)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     BindParameter,
     ColumnElement,
     ScalarSelect,
@@ -58,11 +59,13 @@ def turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSe
     Another worker that claims at the same moment may hold that row: then this finds nothing, and
     the caller falls back on `any_turn`.
     """
-    chosen, waiting = _caller(queue, able, max_running), aliased(Run)
-    top = select(func.max(waiting.priority)).where(
-        is_waiting(waiting, queue), fits(waiting, able), unit(waiting) == chosen
+    chosen = _caller(queue, able, max_running)
+    return _first(
+        queue,
+        able,
+        unit(Run) == select(chosen.c.unit).scalar_subquery(),
+        Run.priority == select(chosen.c.top).scalar_subquery(),
     )
-    return _first(queue, able, unit(Run) == chosen, Run.priority == top.scalar_subquery())
 
 
 def any_turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSelect[str]:
@@ -139,8 +142,8 @@ def _first(queue: str, able: Able, *where: ColumnElement[bool]) -> ScalarSelect[
     )
 
 
-def _caller(queue: str, able: Able, max_running: int) -> ScalarSelect[str]:
-    """Whose turn it is."""
+def _caller(queue: str, able: Able, max_running: int) -> CTE:
+    """Whose turn it is (`unit`), and the highest priority of a run of theirs (`top`)."""
     callers = _callers(queue)
     waiting, first, held, recent = aliased(Run), aliased(Run), aliased(Run), aliased(Run)
 
@@ -160,10 +163,10 @@ def _caller(queue: str, able: Able, max_running: int) -> ScalarSelect[str]:
 
     under_way = count(held, _counts(held, queue)[0])
     began = count(recent, _counts(recent, queue)[1])
-    statement = select(callers.c.unit).where(top.is_not(None))
+    statement = select(callers.c.unit, top.label("top")).where(top.is_not(None))
     if max_running:
         statement = statement.where(under_way < max_running)
-    return statement.order_by(top.desc(), under_way + began, oldest).limit(1).scalar_subquery()
+    return statement.order_by(top.desc(), under_way + began, oldest).limit(1).cte("chosen")
 
 
 def _callers(queue: str) -> Any:
@@ -185,7 +188,9 @@ def _callers(queue: str) -> Any:
 
 def _counts(run: type[Run], queue: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     """What counts against a caller: runs under way, and other runs that began lately."""
+    # As a subquery, so that PostgreSQL takes the clock once and an index serves the comparison.
+    since = select(db_now(-WINDOW_S[queue])).scalar_subquery()
     return (
         run.state.in_(HELD),
-        and_(run.state.not_in(HELD), run.started_at > db_now(-WINDOW_S[queue])),
+        and_(run.state.not_in(HELD), run.started_at > since),
     )

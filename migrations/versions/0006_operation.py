@@ -1,4 +1,4 @@
-"""Placement, fair share and capacity: what a run needs, and what a worker has.
+"""Operation: what a run needs, what a worker has, and when a sent file was removed.
 
 Only columns with defaults and two indexes: the version before works on beside it.
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
+
+from service import db
 
 revision = "0006"
 down_revision = "0003"
@@ -34,6 +36,7 @@ def upgrade() -> None:
         sa.Column("memory_bytes", sa.BigInteger(), server_default="0", nullable=False),
     )
     op.add_column("worker_heartbeat", sa.Column("used_bytes", sa.BigInteger(), nullable=True))
+    op.add_column("volume", sa.Column("original_removed_at", db.UtcDateTime(), nullable=True))
     op.create_index(
         "ix_run_waiting",
         "run",
@@ -47,6 +50,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_index("ix_run_share", table_name="run")
     op.drop_index("ix_run_waiting", table_name="run")
+    op.drop_column("volume", "original_removed_at")
     for column in ("used_bytes", "memory_bytes", "device_kind"):
         op.drop_column("worker_heartbeat", column)
     for column in ("needs_memory_bytes", "needs_device"):

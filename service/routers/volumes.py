@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from imaging.identity import Policy
-from service import db, quota, schemas, volumes
+from service import db, quota, retention, schemas, volumes
 from service.auth import Principal
 from service.errors import ServiceError
 from service.pagination import PageSize, PageToken, cursor_of, token_of
@@ -134,7 +134,7 @@ def get_volume(
     summary="Download a volume",
     response_class=Response,
     responses=docs.file("The file", files.BYTES)
-    | docs.problems("invalid_request", "not_found", "blob_corrupt"),
+    | docs.problems("invalid_request", "not_found", "no_longer_kept", "blob_corrupt"),
 )
 def download_volume(
     volume_id: schemas.VolumeId,
@@ -149,8 +149,11 @@ def download_volume(
     """The canonical NIfTI, or the file it was read from."""
     row = volumes.get(session, volume_id)
     if format == "nifti":
-        return files.attachment(store.path_of(row.voxels_sha256), f"{row.id}.nii")
-    return files.attachment(store.path_of(row.original_sha256), f"{row.id}.original")
+        session.rollback()  # nothing is locked while the file is hashed
+        return files.attachment(store, row.voxels_sha256, f"{row.id}.nii")
+    retention.require_original(row)
+    session.rollback()
+    return files.attachment(store, row.original_sha256, f"{row.id}.original")
 
 
 @router.delete(
