@@ -51,6 +51,8 @@ if given is not None:
     migrate(given)
 else:
     engine = db.connect(context.config.attributes.get("url") or get_settings().database_url)
-    with engine.begin() as connection:
-        migrate(connection)
-    engine.dispose()
+    try:
+        with engine.begin() as connection:
+            migrate(connection)
+    finally:
+        engine.dispose()
