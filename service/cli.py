@@ -213,7 +213,9 @@ def doctor() -> None:
 
 
 def require_schema(settings: Settings) -> None:
-    """End the process (78, EX_CONFIG) on tables of an older or newer version."""
+    """End the process on tables of an older or newer version (78), or without a database (75)."""
+    from sqlalchemy.exc import OperationalError
+
     from service.db import connect
 
     engine = connect(settings.database_url)
@@ -222,6 +224,9 @@ def require_schema(settings: Settings) -> None:
     except migrate.SchemaError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(os.EX_CONFIG) from None
+    except OperationalError:  # a supervisor starts us again
+        print("the database does not answer", file=sys.stderr)
+        raise typer.Exit(os.EX_TEMPFAIL) from None
     finally:
         engine.dispose()
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from celery import shared_task
@@ -63,7 +63,7 @@ def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
 
 def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None:
     began = time.monotonic()
-    model = _model(worker, lease)
+    model, load = _model(worker, lease)
     opened_s = time.monotonic() - began
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
     found = predict.segment(
@@ -97,6 +97,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
     names = model.manifest.labels
     result = {
         **_provenance(lease, model),
+        "model_load": load,
         "labels": [
             {
                 "name": name,
@@ -128,7 +129,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> No
 
 def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None:
     began = time.monotonic()
-    model = _model(worker, lease)
+    model, load = _model(worker, lease)
     opened_s = time.monotonic() - began
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
     found = predict.embed(
@@ -136,6 +137,7 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow) -> None
     )
     result = {
         **_provenance(lease, model),
+        "model_load": load,
         "vector": [float(value) for value in found.vector],
         "dimension": len(found.vector),
         "num_windows": found.num_windows,
@@ -174,10 +176,13 @@ def _sessions_of(max_bytes: int) -> SessionCache:
     return SessionCache(max_bytes)
 
 
-def _model(worker: Worker, lease: Lease) -> OnnxSession:
+def _model(worker: Worker, lease: Lease) -> tuple[OnnxSession, Literal["cold", "warm"]]:
+    """The run's model, and whether it was opened for it (cold) or resident (warm)."""
     digest = str(lease.spec["model"]["digest"])
     settings = worker.settings
-    return _sessions_of(settings.session_cache_bytes).get(
+    cache = _sessions_of(settings.session_cache_bytes)
+    loads = cache.num_loads
+    session = cache.get(
         digest,
         lambda: open_session(
             worker.store.bundle_dir(digest),
@@ -186,6 +191,7 @@ def _model(worker: Worker, lease: Lease) -> OnnxSession:
             digest=digest,
         ),
     )
+    return session, "cold" if cache.num_loads > loads else "warm"
 
 
 def _provenance(lease: Lease, model: OnnxSession) -> dict[str, Any]:
