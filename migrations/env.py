@@ -32,8 +32,10 @@ def render_item(kind: str, item: Any, context: AutogenContext) -> str | Literal[
 def migrate(connection: Connection) -> None:
     """Run the asked revisions inside the connection's transaction."""
     if connection.dialect.name == "postgresql":
-        connection.execute(text("SET LOCAL lock_timeout = '30s'"))
+        # Wait for another migrator however long it takes, but for traffic 5 s at most: who waits
+        # for a table's lock makes every later query of that table wait behind it.
         connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
+        connection.execute(text("SET LOCAL lock_timeout = '5s'"))
     context.configure(
         connection=connection,
         target_metadata=db.Base.metadata,
@@ -49,6 +51,8 @@ if given is not None:
     migrate(given)
 else:
     engine = db.connect(context.config.attributes.get("url") or get_settings().database_url)
-    with engine.begin() as connection:
-        migrate(connection)
-    engine.dispose()
+    try:
+        with engine.begin() as connection:
+            migrate(connection)
+    finally:
+        engine.dispose()

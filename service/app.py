@@ -10,11 +10,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
 from pydantic.json_schema import models_json_schema
 
 from service import db, schemas
 from service.envelope import Envelope
 from service.errors import install_handlers, log_unexpected, problem, request_id_of
+from service.http_metrics import HttpMetrics
+from service.metrics import ServiceMetrics
 from service.routers import (
     batches,
     cascades,
@@ -70,6 +73,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.settings = settings
         app.state.store = Store(settings.data_dir, min_free_bytes=settings.min_free_bytes)
         app.state.sessions = db.sessions(engine)
+        app.state.http_metrics = HttpMetrics()
+        app.state.metrics = CollectorRegistry()
+        app.state.metrics.register(
+            ServiceMetrics(app.state.sessions, app.state.store, health.product_version())
+        )
         yield
         engine.dispose()
 

@@ -7,7 +7,6 @@ settings; client commands (`upload`, `dataset`, `pretrain`, `finetune`, `runs`, 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from datetime import UTC, datetime, timedelta
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service import cli_client, cli_models, migrate
+from service import cli_client, cli_models, logs, migrate
 from service.process import stop_with_parent
 from service.settings import Settings, get_settings
 
@@ -59,7 +58,7 @@ def up(
             stack.supervise()
     except KeyboardInterrupt:
         console.print("stopped")
-    except StackError as error:
+    except (StackError, migrate.SchemaError) as error:
         sys.exit(str(error))
 
 
@@ -73,7 +72,8 @@ def api() -> None:
     from service.db import connect, sessions
 
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(settings)
+    require_schema(settings)
     engine = connect(settings.database_url)
     with sessions(engine)() as session:
         token = ensure_admin_token(session, settings)
@@ -85,6 +85,7 @@ def api() -> None:
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level.lower(),
+        log_config=None,  # ours, for uvicorn's own lines too
         access_log=False,  # the app writes its own, without query strings
         server_header=False,
         timeout_graceful_shutdown=30,
@@ -97,8 +98,15 @@ def worker(
 ) -> None:
     """Work on a queue: `inference` (resident models) or `train` (one training at a time)."""
     from service.celery_app import worker_command
+    from service.device import only
 
-    command = worker_command(queue, settings=get_settings())
+    settings = get_settings()
+    require_schema(settings)
+    try:
+        only(settings.device, os.environ)
+    except ValueError as error:
+        sys.exit(str(error))
+    command = worker_command(queue, settings=settings)
     os.execv(command[0], command)  # noqa: S606 - our own command; signals reach Celery itself
 
 
@@ -107,7 +115,9 @@ def upkeep() -> None:
     """Ring for waiting runs, take back lost ones, sweep what was left over."""
     from service.upkeep import run
 
-    run(get_settings())
+    settings = get_settings()
+    require_schema(settings)
+    run(settings)
 
 
 @app.command("migrate")
@@ -115,8 +125,55 @@ def migrate_command(
     revision: Annotated[str, typer.Option(help="Alembic revision.")] = "head",
 ) -> None:
     """Bring the database to this version's tables."""
-    migrate.upgrade(get_settings().database_url, revision)
+    try:
+        migrate.upgrade(get_settings().database_url, revision)
+    except migrate.SchemaError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(os.EX_CONFIG) from None
     print("the database is up to date")
+
+
+@app.command()
+def backup(
+    target: Annotated[Path, typer.Argument(help="A new folder, or a new file that ends in .tar.")],
+    secrets: Annotated[
+        bool, typer.Option(help="With the key of the patients' pseudonyms, or without.")
+    ] = True,
+) -> None:
+    """Back up database, store, checkpoints and secrets, while the service works."""
+    from service.backup import backup as make
+    from service.backup_form import BackupError
+    from service.routers.health import product_version
+
+    try:
+        made = make(get_settings(), target, version=product_version(), with_secrets=secrets)
+    except (BackupError, migrate.SchemaError) as error:
+        sys.exit(str(error))
+    found = made.manifest
+    print(
+        f"{made.path}: revision {found.revision}, {sum(found.rows.values())} rows, "
+        f"{found.num_blobs} files ({found.blob_bytes / 1e9:.2f} GB), {len(found.bundles)} models"
+        + ("" if found.has_secrets else "; without the key of the pseudonyms")
+    )
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(help="What `pcrl backup` made.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Lose what is there.")] = False,
+) -> None:
+    """Check a backup by its digests and put it in place; the service must be stopped."""
+    from service.backup_form import BackupError
+    from service.restore import restore as put_in_place
+
+    try:
+        found = put_in_place(get_settings(), source, replace=replace)
+    except (BackupError, migrate.SchemaError) as error:
+        sys.exit(str(error))
+    print(
+        f"restored {sum(found.rows.values())} rows and {found.num_blobs} files of "
+        f"{found.created_at:%Y-%m-%d %H:%M} UTC; start the service"
+    )
 
 
 @app.command()
@@ -154,6 +211,25 @@ def doctor() -> None:
         console.print(f"{mark}  {finding.what}: {finding.detail}", highlight=False)
     if not all(finding.is_ok for finding in findings):
         raise typer.Exit(1)
+
+
+def require_schema(settings: Settings) -> None:
+    """End the process on tables of an older or newer version (78), or without a database (75)."""
+    from sqlalchemy.exc import OperationalError
+
+    from service.db import connect
+
+    engine = connect(settings.database_url)
+    try:
+        migrate.require_current(engine)
+    except migrate.SchemaError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(os.EX_CONFIG) from None
+    except OperationalError:  # a supervisor starts us again
+        print("the database does not answer", file=sys.stderr)
+        raise typer.Exit(os.EX_TEMPFAIL) from None
+    finally:
+        engine.dispose()
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from sqlalchemy import (
     event,
     literal,
     select,
+    text,
     tuple_,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -199,6 +200,7 @@ class Volume(Base):
     intake: Mapped[dict[str, Any]]
     created_by: Mapped[str] = mapped_column(String(40))
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    original_removed_at: Mapped[datetime | None]
     __table_args__ = (
         UniqueConstraint("original_sha256", "kind", "subject", "series_selector"),
         CheckConstraint("kind IN ('image', 'labels')", name="kind"),
@@ -269,6 +271,8 @@ class Run(Base):
     state: Mapped[str] = mapped_column(String(12))
     queue: Mapped[str] = mapped_column(String(12))
     priority: Mapped[int] = mapped_column(default=0)
+    needs_device: Mapped[str] = mapped_column(String(8), default="", server_default="")
+    needs_memory_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     spec: Mapped[dict[str, Any]]
     progress: Mapped[dict[str, Any] | None]
     result: Mapped[dict[str, Any] | None]
@@ -294,6 +298,17 @@ class Run(Base):
         ),
         Index(None, "queue", "state", "priority", "created_at"),
         Index(None, "created_at", "id"),
+        Index("ix_run_share", "queue", "created_by", "started_at"),
+        Index(
+            "ix_run_waiting",
+            "queue",
+            "created_by",
+            "priority",
+            "created_at",
+            "id",
+            sqlite_where=text("state IN ('interrupted', 'queued')"),
+            postgresql_where=text("state IN ('interrupted', 'queued')"),
+        ),
     )
 
 
@@ -508,6 +523,9 @@ class WorkerHeartbeat(Base):
     worker: Mapped[str] = mapped_column(String(120), primary_key=True)
     queue: Mapped[str] = mapped_column(String(12))
     device: Mapped[str] = mapped_column(String(120))
+    device_kind: Mapped[str] = mapped_column(String(8), default="cpu", server_default="cpu")
+    memory_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     seen_at: Mapped[datetime] = mapped_column(server_default=db_now())
 
 

@@ -66,8 +66,10 @@ def _onnxruntime(settings: Settings) -> str:
         providers = available_providers()
     except BundleError as error:
         raise _Lacking(error.detail) from None
-    if settings.device == "cuda" and "CUDAExecutionProvider" not in providers:
-        raise _Lacking(f"PCRL_DEVICE is cuda, but the providers are {', '.join(providers)}")
+    if settings.device.startswith("cuda") and "CUDAExecutionProvider" not in providers:
+        raise _Lacking(
+            f"PCRL_DEVICE is {settings.device}, but the providers are {', '.join(providers)}"
+        )
     return ", ".join(providers)
 
 

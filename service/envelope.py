@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs
 from service.errors import log_unexpected, unexpected
 
 logger = logging.getLogger("service.access")
@@ -60,7 +61,8 @@ class Envelope:
             await send(message)
 
         try:
-            await self.app(scope, receive, sealed)
+            with logs.about(request_id=request_id):
+                await self.app(scope, receive, sealed)
         except ClientDisconnect:
             status = status or 499
         except Exception as error:  # noqa: BLE001  # the last catch: it logs and answers 500
@@ -70,13 +72,22 @@ class Envelope:
             answer = unexpected(Request(scope, receive), error)
             await answer(scope, receive, sealed)
         finally:
-            _log(scope, status, request_id, time.monotonic() - begun_at)
+            seconds = time.monotonic() - begun_at
+            _log(scope, status, request_id, seconds)
+            _count(scope, status, seconds)
 
 
 def _id_of(scope: Scope) -> str:
     """The proxy's request id if it has the form of one, else a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _count(scope: Scope, status: int, seconds: float) -> None:
+    metrics = getattr(scope["app"].state, "http_metrics", None) if "app" in scope else None
+    if metrics is not None:
+        route = getattr(scope.get("route"), "path", "-")
+        metrics.observe(scope["method"], route, status, seconds)
 
 
 def _log(scope: Scope, status: int, request_id: str, seconds: float) -> None:

@@ -55,6 +55,7 @@ _REQUEST = {
     "digest_mismatch": Kind(422, "The bytes do not have the digest that was announced"),
     "idempotency_mismatch": Kind(422, "The idempotency key was used for another request"),
     "idempotency_in_flight": Kind(409, "The first request with this key is still being answered"),
+    "quota_exceeded": Kind(429, "The caller has as much as it may have"),
     "request_failed": Kind(400, "The request could not be served"),
 }
 _SCANS = {
@@ -91,6 +92,7 @@ _RESOURCES = {
     "run_already_ended": Kind(409, "The run has already ended"),
     "not_ready": Kind(409, "The result is not there yet"),
     "format_not_made": Kind(409, "The result was not made in this format"),
+    "no_longer_kept": Kind(410, "The file was removed when its time was over"),
     "not_embedded": Kind(409, "The volume has no embedding of this model"),
     "model_not_loadable": Kind(409, "The model cannot be loaded where it would run"),
     "wrong_model_kind": Kind(422, "The model is of the wrong kind"),

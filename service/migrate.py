@@ -1,7 +1,16 @@
-"""Bringing a database to the tables that this version knows; works from an installed wheel."""
+"""Bringing a database to the tables that this version knows; works from an installed wheel.
+
+One migrator at a time: on PostgreSQL an advisory lock (migrations/env.py), on SQLite a lock on a
+file beside the database; the kernel and the server drop both with a killed process. A migration is
+one transaction, so one that breaks off leaves the tables as they were.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from alembic import command
@@ -11,6 +20,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, make_url
 
 import migrations
+from service.db import connect
+
+
+class SchemaError(Exception):
+    """The database is not at this version's tables; the message says what to do."""
 
 
 def upgrade(url: str, revision: str = "head") -> None:
@@ -19,23 +33,98 @@ def upgrade(url: str, revision: str = "head") -> None:
     Args:
         url: SQLAlchemy URL of the database.
         revision: `head` or a revision's id.
+
+    Raises:
+        SchemaError: The database is of a newer version.
     """
     path = make_url(url).database
     if url.startswith("sqlite") and path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    command.upgrade(_config(url), revision)
+    with _alone(url):
+        _refuse_newer(url)
+        command.upgrade(_config(url), revision)
 
 
 def downgrade(url: str, revision: str) -> None:
     """Migrate down to a revision (`base` removes everything)."""
-    command.downgrade(_config(url), revision)
+    with _alone(url):
+        _refuse_newer(url)
+        command.downgrade(_config(url), revision)
 
 
 def is_current(engine: Engine) -> bool:
     """Whether the database is at this version's newest revision."""
+    return found(engine) == head()
+
+
+def require_current(engine: Engine) -> None:
+    """Refuse to work on tables of another version.
+
+    Raises:
+        SchemaError: They are older (`pcrl migrate` helps) or newer.
+    """
+    at = found(engine)
+    if at == head():
+        return
+    if at is not None and not is_known(at):
+        raise SchemaError(_newer(at))
+    raise SchemaError(
+        f"the database is at revision {at or 'none'}, this version needs {head()}: back up, then "
+        "run `pcrl migrate`"
+    )
+
+
+def found(engine: Engine) -> str | None:
+    """The database's revision; None where no migration has run."""
     with engine.connect() as connection:
-        found = MigrationContext.configure(connection).get_current_heads()
-    return set(found) == set(ScriptDirectory.from_config(_config("")).get_heads())
+        heads = MigrationContext.configure(connection).get_current_heads()
+    return "+".join(sorted(heads)) or None
+
+
+def head() -> str:
+    """The newest revision that this version knows."""
+    return "+".join(sorted(_scripts().get_heads()))
+
+
+def is_known(revision: str) -> bool:
+    """Whether this version has the revision; a newer version's it has not."""
+    return revision in {script.revision for script in _scripts().walk_revisions()}
+
+
+def _refuse_newer(url: str) -> None:
+    engine = connect(url)
+    try:
+        at = found(engine)
+    finally:
+        engine.dispose()
+    if at is not None and not is_known(at):
+        raise SchemaError(_newer(at))
+
+
+def _newer(at: str) -> str:
+    return (
+        f"the database is at revision {at}, which this version does not know (its newest is "
+        f"{head()}): install the version that made it, or restore a backup"
+    )
+
+
+@contextlib.contextmanager
+def _alone(url: str) -> Iterator[None]:
+    """Hold the lock of a SQLite database's migrator; of PostgreSQL see migrations/env.py."""
+    path = make_url(url).database
+    if not url.startswith("sqlite") or not path:
+        yield
+        return
+    descriptor = os.open(f"{path}.migrate", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config(""))
 
 
 def _config(url: str) -> Config:

@@ -97,6 +97,9 @@ def _dicom(
     if row.format != "dicom":
         detail = f"the scan was sent as {row.format}; the format needs a DICOM series"
         return Results((), tuple(NotMade(one, "source_not_dicom", detail) for one in formats))
+    if row.original_removed_at is not None:
+        detail = "the file as it was sent is no longer kept; the format needs its headers"
+        return Results((), tuple(NotMade(one, "source_not_kept", detail) for one in formats))
     out = folder / "dicom"
     out.mkdir()
     made = write_results(

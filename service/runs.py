@@ -20,10 +20,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    ScalarSelect,
+    and_,
+    case,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from service import embeddings, registry
+from service import queue as turns
 from service.db import (
     CLAIMABLE,
     HELD,
@@ -46,6 +58,7 @@ from service.db import (
 )
 from service.embeddings import NewEmbedding
 from service.errors import ServiceError
+from service.queue import ANYTHING, Able
 
 Outcome = Literal[
     "done", "error", "oom", "crash", "canceled", "preempted", "lost", "stalled", "fenced"
@@ -128,9 +141,13 @@ def create(
     dataset_id: str | None = None,
     volume_id: str | None = None,
     priority: int = 0,
+    needs: Able = ANYTHING,
     principal: str,
 ) -> Run:
-    """Queue a run; the caller commits, then calls `celery_app.ring(run.id, run.queue)`."""
+    """Queue a run; the caller commits, then calls `celery_app.ring(run.id, run.queue)`.
+
+    `needs` says which workers may take it.
+    """
     kind = RunKind(kind)
     run = Run(
         id=new_id(ID_PREFIX_OF[kind]),
@@ -138,6 +155,8 @@ def create(
         state=RunState.QUEUED,
         queue=QUEUE_OF[kind],
         priority=priority,
+        needs_device=needs.kind,
+        needs_memory_bytes=needs.memory_bytes,
         spec=spec,
         dataset_id=dataset_id,
         volume_id=volume_id,
@@ -295,9 +314,11 @@ def claim(
     worker: str,
     *,
     lease_s: float = 30.0,
+    able: Able = ANYTHING,
+    max_running: int = 0,
     only: RunKind | None = None,
 ) -> Lease | None:
-    """Take the best waiting run of a queue: highest priority, then oldest.
+    """Take the run of a queue whose turn it is: priority, fair share, age (`service.queue`).
 
     A message may come never, late or several times; only one claim finds the row waiting.
 
@@ -307,37 +328,21 @@ def claim(
         queue: `train` or `inference`.
         worker: Who takes it.
         lease_s: How long it is held without a heartbeat.
+        able: What the worker's device can do; a run that does not fit is left to others.
+        max_running: A caller with so many runs under way waits; 0 is no limit.
         only: Take it if it is of this kind, else nothing: never a worse one past a better.
 
     Returns:
-        The run, now starting; None if nothing waits.
+        The run, now starting; None if nothing waits that this worker may take.
     """
-    waiting = and_(Run.queue == queue, Run.state.in_(CLAIMABLE), Run.cancel_requested_at.is_(None))
-    best = (
-        select(Run.id)
-        .where(waiting)
-        .order_by(Run.priority.desc(), Run.created_at, Run.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    run = session.scalars(
-        update(Run)
-        .where(Run.id == best, waiting, true() if only is None else Run.kind == only)
-        .values(
-            state=RunState.STARTING,
-            fence=Run.fence + 1,
-            attempt=Run.attempt + 1,
-            lease_owner=worker,
-            lease_until=db_now(lease_s),
-            suspect_at=None,
-            publish_after=None,
-            started_at=func.coalesce(Run.started_at, db_now()),
-        )
-        .returning(Run),
-        execution_options={"populate_existing": True, "synchronize_session": False},
-    ).one_or_none()
-    if run is None:
+    for best in (
+        turns.turn(queue, able=able, max_running=max_running),
+        turns.any_turn(queue, able=able, max_running=max_running),
+    ):
+        run = _claimed(session, best, queue, worker, lease_s=lease_s, only=only)
+        if run is not None:
+            break
+    else:
         session.rollback()
         return None
     session.add(RunAttempt(run_id=run.id, fence=run.fence, worker=worker))
@@ -355,6 +360,37 @@ def claim(
     )
     session.commit()
     return lease
+
+
+def _claimed(
+    session: Session,
+    best: ScalarSelect[str],
+    queue: str,
+    worker: str,
+    *,
+    lease_s: float,
+    only: RunKind | None,
+) -> Run | None:
+    return session.scalars(
+        update(Run)
+        .where(
+            Run.id == best,
+            turns.is_waiting(Run, queue),
+            true() if only is None else Run.kind == only,
+        )
+        .values(
+            state=RunState.STARTING,
+            fence=Run.fence + 1,
+            attempt=Run.attempt + 1,
+            lease_owner=worker,
+            lease_until=db_now(lease_s),
+            suspect_at=None,
+            publish_after=None,
+            started_at=func.coalesce(Run.started_at, db_now()),
+        )
+        .returning(Run),
+        execution_options={"populate_existing": True, "synchronize_session": False},
+    ).one_or_none()
 
 
 def started(session: Session, lease: Lease) -> None:

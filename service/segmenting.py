@@ -1,6 +1,4 @@
-"""A scan through a segmenter as every run does it: planned for the memory there is, in one pass or
-two.
-"""
+"""A scan through a segmenter as every run does it: planned for the memory there is, then done."""
 
 from __future__ import annotations
 

@@ -54,10 +54,11 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address on which the API listens.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port of the API.")
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: str = Field(
         default="auto",
-        description="Where workers compute; `cuda` refuses to fall back, `auto` takes what is "
-        "there.",
+        pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$",
+        description="Where workers compute: `auto` takes what is there; `cuda`, or `cuda:1` for "
+        "one GPU of several, refuses to fall back; `cpu`.",
     )
     lease_s: PositiveFloat = Field(
         default=30.0, description="How long a worker owns a run without a heartbeat."
@@ -133,6 +134,7 @@ class Settings(BaseSettings):
         default=4,
         description="Embeddings that an inference worker does at once; their windows share runs of "
         "the network.",
+    )
     search_cache_bytes: int = Field(
         default=1 * GIB,
         ge=0,
@@ -156,6 +158,19 @@ class Settings(BaseSettings):
         description="Processes that share each batch of a pretraining, one a GPU; 0 is one a "
         "visible GPU.",
     )
+    max_queued: int = Field(
+        default=10_000, ge=0, description="Runs of one token that may wait; more get 429. 0: any."
+    )
+    max_running: int = Field(
+        default=0,
+        ge=0,
+        description="Runs of one token that are worked on at once in a queue; more wait. 0: any.",
+    )
+    max_stored_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Bytes that one token's scans may take; uploads beyond get 429. 0: any.",
+    )
     wait_max_s: PositiveFloat = Field(
         default=60.0, description="Longest `Prefer: wait=N` that the API grants."
     )
@@ -164,6 +179,33 @@ class Settings(BaseSettings):
     )
     dispatch_interval_s: PositiveFloat = Field(
         default=2.0, description="Pause between two rounds of upkeep."
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Lines of text, or one JSON object a line."
+    )
+    metrics_open: bool = Field(
+        default=False,
+        description="Let anybody who reaches the API read `/metrics`, without a token.",
+    )
+    queued_limit_s: PositiveFloat = Field(
+        default=3600.0,
+        description="A run that waits for so long while no worker works on its queue makes "
+        "`/readyz` fail.",
+    )
+    results_days: float = Field(
+        default=0.0,
+        ge=0,
+        description="Days until a segmentation's files are removed; 0 keeps them.",
+    )
+    originals_days: float = Field(
+        default=0.0,
+        ge=0,
+        description="Days until the file as it was sent is removed; the voxels stay. 0 keeps it.",
+    )
+    failed_work_days: float = Field(
+        default=14.0,
+        ge=0,
+        description="Days until a failed training's work folder is removed; 0 keeps it.",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severe level that is logged."

@@ -89,8 +89,10 @@ class Receiver:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:  # on a full disk closing fails too, and what is there must go
+            self.path.unlink(missing_ok=True)
 
 
 class Draft:

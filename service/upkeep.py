@@ -17,7 +17,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import celery_app, db, runs, uploads, volumes
+from service import celery_app, db, logs, retention, runs, uploads, volumes
 from service.db import Idempotency, Run, RunState, WorkerHeartbeat, db_now
 from service.errors import ServiceError
 from service.settings import Settings
@@ -31,7 +31,7 @@ DAY_S = 86400.0
 
 def run(settings: Settings, *, stop: threading.Event | None = None) -> None:
     """Loop until `stop` is set, or SIGTERM or SIGINT comes."""
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure(settings)
     stop = stop or threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,6 +69,7 @@ def sweep(sessions: sessionmaker[Session], store: Store, settings: Settings) -> 
     store.sweep()
     with sessions() as session:
         uploads.sweep(session, store, older_than_s=settings.upload_hours * 3600.0)
+        retention.sweep(session, store, settings)
         volumes.sweep_blobs(session, store)
         hours = settings.idempotency_hours
         session.execute(delete(Idempotency).where(Idempotency.created_at < db_now(-hours * 3600.0)))
@@ -80,8 +81,9 @@ def sweep(sessions: sessionmaker[Session], store: Store, settings: Settings) -> 
                 Run.finished_at < db_now(-DAY_S),
             )
         ).all()
+        over = [*ended, *retention.failed_work(session, settings)]
         session.commit()
-    for run_id in ended:
+    for run_id in over:
         shutil.rmtree(store.work / run_id, ignore_errors=True)
 
 

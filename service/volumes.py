@@ -97,10 +97,10 @@ def ingest(
             elif path is not None:
                 store.link_file(path, sha256)
     except BaseException:
-        _discard(session, store, *sent)
+        discard(session, store, *sent)
         raise
     if report.original_path is not None:
-        _discard(session, store, *(set(sent) - {sha256}))
+        discard(session, store, *(set(sent) - {sha256}))
     if report.deidentified is not None:
         series_uid = report.deidentified["series_uid"] or None
     if subject is None:
@@ -123,7 +123,7 @@ def ingest(
         )
     except BaseException:
         session.rollback()
-        _discard(session, store, sha256, voxels_sha256)
+        discard(session, store, sha256, voxels_sha256)
         raise
 
 
@@ -185,7 +185,7 @@ def delete(session: Session, store: Store, volume_id: str) -> None:
     except IntegrityError:  # a dataset or a run took it meanwhile
         session.rollback()
         raise _in_use({}) from None
-    _discard(session, store, volume.original_sha256, volume.voxels_sha256)
+    discard(session, store, volume.original_sha256, volume.voxels_sha256)
 
 
 def sweep_blobs(session: Session, store: Store, *, older_than_s: float = 24 * 3600.0) -> int:
@@ -193,7 +193,7 @@ def sweep_blobs(session: Session, store: Store, *, older_than_s: float = 24 * 36
     referenced = set(session.scalars(select(Blob.sha256)))
     session.commit()
     orphans = store.unreferenced(referenced, older_than_s=older_than_s)
-    _discard(session, store, *orphans)
+    discard(session, store, *orphans)
     return len(orphans)
 
 
@@ -203,7 +203,7 @@ def record_blob(session: Session, store: Store, sha256: str, size: int) -> None:
     Raises:
         ServiceError: 503 `not_live` if the file was discarded meanwhile (ask again).
     """
-    _lock(session, sha256)
+    lock(session, sha256)
     if not store.path_of(sha256).exists():
         raise ServiceError(
             503, "not_live", "the file was discarded meanwhile", headers={"Retry-After": "1"}
@@ -237,7 +237,8 @@ def _insert(
         volume.subject,
         volume.series_selector or None,
     )
-    if there is not None:  # the same upload, sent twice at once
+    if there is not None:  # the same upload, sent twice at once, or again after its file had gone
+        there.original_removed_at = None
         return there, False
     session.add(volume)
     session.flush()
@@ -281,13 +282,13 @@ def _plain(member: Any) -> dict[str, Any]:
     return dict(member) if isinstance(member, dict) else asdict(member)
 
 
-def _discard(session: Session, store: Store, *digests: str) -> None:
+def discard(session: Session, store: Store, *digests: str) -> None:
     """Remove files, and their rows, that nothing refers to. Commits.
 
     The lock makes "no row refers to it" and "the file goes" one step for `record_blob`.
     """
     for sha256 in sorted(set(digests)):
-        _lock(session, sha256)
+        lock(session, sha256)
         references = (
             select(Volume.id).where(
                 or_(Volume.original_sha256 == sha256, Volume.voxels_sha256 == sha256)
@@ -303,7 +304,7 @@ def _discard(session: Session, store: Store, *digests: str) -> None:
         session.commit()
 
 
-def _lock(session: Session, sha256: str) -> None:
+def lock(session: Session, sha256: str) -> None:
     """Until the end of the transaction, nobody else refers to or discards this file."""
     if session.get_bind().dialect.name == "postgresql":
         key = int.from_bytes(bytes.fromhex(sha256[:16]), signed=True)

@@ -12,25 +12,28 @@ import os
 import signal
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import setup_logging, worker_ready, worker_shutdown, worker_shutting_down
 from sqlalchemy import delete
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from imaging.errors import ScanError
 from models.bundle import BundleError
-from service import lease, runs
+from service import lease, logs, runs
 from service.db import RunKind, RunState, WorkerHeartbeat, connect, db_now, insert_if_absent
 from service.db import sessions as sessions_of
+from service.device import Device, look
 from service.errors import ServiceError
 from service.lease import Keeper
+from service.queue import ANYTHING, Able
 from service.runs import Fenced, Lease
 from service.settings import Settings, get_settings
 from service.storage import BlobCorrupt, Store
@@ -39,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.05
 """Pause between looks for runs to be done beside those at work."""
+PULSE_S = 2.5
+"""A worker's row is renewed so often, so that /readyz turns within ten seconds of its death."""
+LOOK_EVERY_S = 15.0
+"""How often the memory of a GPU is asked for."""
 INTERNAL_DETAIL = "the worker failed; its log has the place under the run's id"
 
 
@@ -51,6 +58,7 @@ class Worker:
     store: Store
     queue: str
     name: str
+    able: Able = ANYTHING
 
 
 Work = Callable[[Worker, Lease, Keeper], None]
@@ -64,7 +72,9 @@ def this_worker(queue: str) -> Worker:
 
 @lru_cache(maxsize=2)
 def _worker(queue: str, pid: int) -> Worker:
-    return make_worker(get_settings(), queue, name=f"{socket.gethostname()}:{pid}:{queue}")
+    settings = get_settings()
+    worker = make_worker(settings, queue, name=f"{socket.gethostname()}:{pid}:{queue}")
+    return replace(worker, able=look(settings).able)
 
 
 def make_worker(settings: Settings, queue: str, *, name: str) -> Worker:
@@ -93,9 +103,17 @@ def _claim(worker: Worker, only: RunKind | None = None) -> Lease | None:
     """The best waiting run; None if there is none, or the worker shuts down."""
     if lease.is_shutting_down():
         return None
-    lease_s = worker.settings.lease_s
     with worker.sessions() as session:
-        return runs.claim(session, None, worker.queue, worker.name, lease_s=lease_s, only=only)
+        return runs.claim(
+            session,
+            None,
+            worker.queue,
+            worker.name,
+            lease_s=worker.settings.lease_s,
+            able=worker.able,
+            max_running=worker.settings.max_running,
+            only=only,
+        )
 
 
 def _work_together(worker: Worker, first: Lease, work: Work) -> int:
@@ -120,6 +138,11 @@ def _work_together(worker: Worker, first: Lease, work: Work) -> int:
 
 def work_on(worker: Worker, claimed: Lease, work: Work) -> None:
     """Do one claimed run; whatever happens, it ends, is given back, or was taken away."""
+    with logs.about(run_id=claimed.run_id):
+        _work_on(worker, claimed, work)
+
+
+def _work_on(worker: Worker, claimed: Lease, work: Work) -> None:
     try:
         with Keeper(worker.sessions, claimed, heartbeat_s=worker.settings.heartbeat_s) as keeper:
             work(worker, claimed, keeper)
@@ -168,13 +191,18 @@ def heartbeat_name(queue: str, pid: int) -> str:
     return f"{socket.gethostname()}:{pid}:{queue}"[-120:]
 
 
-def beat(sessions: sessionmaker[Session], name: str, queue: str, device: str) -> None:
-    """Write that a worker is alive."""
+def beat(
+    sessions: sessionmaker[Session], name: str, queue: str, device: str, found: Device | None = None
+) -> None:
+    """Write that a worker is alive, and what its device has."""
     with sessions() as session:
         insert_if_absent(session, WorkerHeartbeat, worker=name, queue=queue, device=device)
         row = session.get(WorkerHeartbeat, name)
         assert row is not None
         row.seen_at, row.device = db_now(), device
+        if found is not None:
+            row.device_kind, row.memory_bytes = found.kind, found.memory_bytes
+            row.used_bytes = found.used_bytes
         session.commit()
 
 
@@ -213,12 +241,15 @@ class _Pulse:
         engine = connect(settings.database_url)
         sessions = sessions_of(engine)
         names = {queue: heartbeat_name(queue, os.getpid()) for queue in queues}
+        found, looked_at = look(settings), time.monotonic()
         while True:
             with _logged("heartbeat"):
                 for queue, name in names.items():
-                    beat(sessions, name, queue, settings.device)
-            if self._stop.wait(settings.heartbeat_s):
+                    beat(sessions, name, queue, settings.device, found)
+            if self._stop.wait(min(settings.heartbeat_s, PULSE_S)):
                 break
+            if time.monotonic() - looked_at > LOOK_EVERY_S:
+                found, looked_at = look(settings), time.monotonic()
         with _logged("last heartbeat"), sessions() as session:
             session.execute(
                 delete(WorkerHeartbeat).where(WorkerHeartbeat.worker.in_(names.values()))
@@ -239,6 +270,11 @@ def _logged(what: str) -> Iterator[None]:
 _pulse = _Pulse()
 
 
+def _on_setup_logging(**_: Any) -> None:
+    """In place of Celery's own form; the processes that it forks inherit it."""
+    logs.configure(get_settings())
+
+
 def _on_ready(sender: Any, **_: Any) -> None:
     _pulse.start(sender)
 
@@ -251,6 +287,7 @@ def _on_shutdown(**_: Any) -> None:
     _pulse.stop()
 
 
+setup_logging.connect(_on_setup_logging, weak=False)
 worker_ready.connect(_on_ready, weak=False)
 worker_shutting_down.connect(_on_shutting_down, weak=False)
 worker_shutdown.connect(_on_shutdown, weak=False)

@@ -4,7 +4,7 @@ The version before works on beside it: it writes no new column and reads no new 
 forgets golden cases, checks and batches; their runs stay, except those of kinds that the version
 before does not know (`check`, `import`).
 
-Revision: 0005, after 0003; 2026-11-25
+Revision: 0005, after 0004; 2026-11-25
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Workers fill them anew when they start, so going down loses nothing.
 
-Revision: 0007, after 0003; 2026-11-25
+Revision: 0007, after 0006; 2026-11-25
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from alembic import op
 from service import db
 
 revision = "0007"
-down_revision = "0005"
+down_revision = "0006"
 branch_labels = None
 depends_on = None
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 from fastapi import Header
 from fastapi.responses import JSONResponse
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from service import celery_app, db, events, schemas
+from service import celery_app, db, events, quota, schemas
 from service.auth import Principal
 from service.idempotency import Answer
 from service.routers import deps
@@ -56,7 +57,12 @@ async def queue(
         view: How the run is shown when it has ended.
         prefer: The `Prefer` header.
     """
-    answer, is_new = await run_in_threadpool(once.answer, caller, work)
+
+    def within_quota(session: Session) -> Answer:
+        quota.check_runs(session, caller.id, settings)
+        return work(session)
+
+    answer, is_new = await run_in_threadpool(once.answer, caller, within_quota)
     run_id = str(answer.body["id"])
     if is_new:
         queue_name = db.QUEUE_OF[_kind_of(answer)]

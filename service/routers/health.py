@@ -5,28 +5,52 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials
 from kombu.exceptions import KombuError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.exceptions import RedisError
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, aliased, sessionmaker
 
 from service import db, migrate, schemas
+from service.auth import authenticate, bearer
 from service.celery_app import make_app
 from service.errors import ServiceError
+from service.queue import is_waiting
 from service.routers import deps, docs
 from service.settings import Settings
 from service.storage import Store
 
 BROKER_TIMEOUT_S = 2.0
-WORKER_SEEN_S = 60.0
-"""A queue is served if a worker of it was seen so recently."""
+WORKER_SEEN_S = 10.0
+"""A queue is served if a worker of it was seen so recently; it says so every 2.5 s
+(`service.worker.PULSE_S`), so readiness turns within ten seconds of the death of the last one."""
 
 open_router = APIRouter(tags=["health"])
 router = deps.router("health")
+
+
+def _metrics_reader(
+    request: Request,
+    settings: deps.SettingsOf,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+) -> None:
+    """Whoever may read the metrics: the holder of any token, or anybody where that is set.
+
+    Raises:
+        ServiceError: 401 `not_authenticated`.
+    """
+    if not settings.metrics_open:
+        with request.app.state.sessions() as session:
+            authenticate(session, credentials.credentials if credentials else None)
+
+
+MetricsReader = Annotated[None, Depends(_metrics_reader)]
 
 
 class NotReady(Exception):  # noqa: N818  # reads as what was found
@@ -55,7 +79,7 @@ async def healthz() -> schemas.Health:
 def readyz(
     request: Request, sessions: deps.Sessions, store: deps.StoreOf, settings: deps.SettingsOf
 ) -> JSONResponse:
-    """Database, storage, disk, broker, and a live worker for each queue."""
+    """Database, storage, disk, broker, a live worker for each queue, and no queue stands still."""
     checks: dict[str, Callable[[], None]] = {
         "database": lambda: _database(sessions),
         "storage": lambda: _storage(store),
@@ -65,11 +89,37 @@ def readyz(
             f"worker:{queue}": lambda queue=queue: _worker(sessions, queue)  # type: ignore[misc]
             for queue in sorted(set(db.QUEUE_OF.values()))
         },
+        **{
+            f"queue:{queue}": lambda queue=queue: _queue(  # type: ignore[misc]
+                sessions, queue, settings.queued_limit_s
+            )
+            for queue in sorted(set(db.QUEUE_OF.values()))
+        },
     }
     results = tuple(_result(name, check) for name, check in checks.items())
     is_ready = all(result.result == "ok" for result in results)
     found = schemas.Readiness(status="ok" if is_ready else "failed", checks=results)
     return JSONResponse(found.model_dump(mode="json"), 200 if is_ready else 503)
+
+
+@open_router.get(
+    "/metrics",
+    operation_id="metrics",
+    summary="Numbers for Prometheus",
+    response_class=PlainTextResponse,
+    responses={
+        200: {
+            "description": "The text format of Prometheus",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        },
+        **docs.problems(),
+    },
+)
+def get_metrics(request: Request, _caller: MetricsReader) -> PlainTextResponse:
+    """Queues, runs, workers, disk and requests; with any token, or none under PCRL_METRICS_OPEN."""
+    state = request.app.state
+    text = generate_latest(state.metrics) + generate_latest(state.http_metrics.registry)
+    return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get(
@@ -141,3 +191,42 @@ def _worker(sessions: sessionmaker[Session], queue: str) -> None:
         ).first()
     if seen is None:
         raise NotReady(f"no worker of this queue was seen in the last {WORKER_SEEN_S:.0f} s")
+
+
+def _queue(sessions: sessionmaker[Session], queue: str, limit_s: float) -> None:
+    """A queue stands still if a run has waited for too long and nothing is or was worked on.
+
+    A run that no live worker can do is left out: it waits for hardware, and others pass it.
+    """
+    worker, held = aliased(db.WorkerHeartbeat), aliased(db.Run)
+    fitting = (
+        select(worker.worker)
+        .where(
+            worker.queue == queue,
+            worker.seen_at > db.db_now(-WORKER_SEEN_S),
+            db.Run.needs_device.in_(["", worker.device_kind]),
+            db.Run.needs_memory_bytes <= worker.memory_bytes,
+        )
+        .exists()
+    )
+    at_work = select(held.id).where(held.queue == queue, held.state.in_(db.HELD)).exists()
+    lately = (
+        select(db.RunAttempt.run_id)
+        .join(held, held.id == db.RunAttempt.run_id)
+        .where(held.queue == queue, db.RunAttempt.started_at > db.db_now(-limit_s))
+        .exists()
+    )
+    with sessions() as session:
+        stuck = session.scalars(
+            select(db.Run.id)
+            .where(
+                is_waiting(db.Run, queue),
+                db.Run.created_at < db.db_now(-limit_s),
+                fitting,
+                ~at_work,
+                ~lately,
+            )
+            .limit(1)
+        ).first()
+    if stuck is not None:
+        raise NotReady(f"a run has waited for over {limit_s:.0f} s and no worker takes it")

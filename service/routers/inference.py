@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Response
 from sqlalchemy.orm import Session
 
-from service import db, registry, runs, schemas, volumes
+from service import db, registry, retention, runs, schemas, volumes
 from service.auth import Principal
 from service.errors import ServiceError
 from service.formats import ARTIFACTS
@@ -28,6 +28,7 @@ CREATE_PROBLEMS = (
     "wrong_volume_kind",
     "idempotency_mismatch",
     "idempotency_in_flight",
+    "quota_exceeded",
 )
 
 
@@ -129,7 +130,8 @@ def artifact(
     for found in runs.artifacts(session, run_id):
         if found.name.partition(".")[0] == name:
             session.rollback()  # nothing is locked while the file is hashed
-            return files.attachment(store.verify(found.sha256), filename, media_type)
+            return files.attachment(store, found.sha256, filename, media_type)
+    retention.require_files(run)
     if name in _FORMAT_OF:
         raise _not_made(run, _FORMAT_OF[name])
     raise ServiceError(404, "not_found", f"the segmentation has no {name}")

@@ -14,9 +14,11 @@ from starlette.concurrency import run_in_threadpool
 from models.bundle import WEIGHTS
 from models.recipe import FinetuneRecipe
 from service import datasets, db, events, registry, runs, schemas
+from service.auth import Role
 from service.errors import ServiceError
 from service.idempotency import Answer
 from service.pagination import PageSize, PageToken, cursor_of, token_of
+from service.queue import Able, position
 from service.routers import answers, deps, docs, views
 
 _RUN_ID = re.compile(r"run_[0-9a-f]{32}")
@@ -56,6 +58,7 @@ router = deps.router("runs")
         "dataset_without_labels",
         "idempotency_mismatch",
         "idempotency_in_flight",
+        "quota_exceeded",
     ),
 )
 async def create_run(
@@ -66,6 +69,12 @@ async def create_run(
     prefer: answers.PreferOf = None,
 ) -> JSONResponse:
     """Queue a pretraining or a fine-tuning."""
+    if ask.priority > 0 and not caller.role.covers(Role.ADMIN):
+        raise ServiceError(
+            403,
+            "forbidden",
+            f"a priority above 0 needs the role admin; the token's is {caller.role}",
+        )
 
     def work(session: Session) -> Answer:
         parent = _check(session, ask)
@@ -79,6 +88,8 @@ async def create_run(
                 "model_name": ask.model_name,
             },
             dataset_id=ask.dataset_id,
+            priority=ask.priority,
+            needs=Able(ask.requires.device or "", ask.requires.memory_bytes),
             principal=caller.id,
         )
         return answers.accepted(run, "runs", views.run)
@@ -122,8 +133,9 @@ def list_runs(
     responses=docs.problems("invalid_request", "not_found"),
 )
 def get_run(run_id: schemas.RunId, _caller: deps.Viewer, session: deps.DbSession) -> schemas.Run:
-    """A run as it is now."""
-    return views.run(runs.get(session, run_id))
+    """A run as it is now; while it waits, `queue_position` says when its turn comes."""
+    row = runs.get(session, run_id)
+    return views.run(row, queue_position=position(session, row))
 
 
 @router.get(

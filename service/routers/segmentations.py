@@ -100,7 +100,14 @@ def get_segmentation(
         files.BYTES,
         "application/dicom",
     )
-    | docs.problems("invalid_request", "not_found", "not_ready", "format_not_made", "blob_corrupt"),
+    | docs.problems(
+        "invalid_request",
+        "not_found",
+        "not_ready",
+        "format_not_made",
+        "no_longer_kept",
+        "blob_corrupt",
+    ),
 )
 def download_mask(
     segmentation_id: schemas.SegmentationId,
@@ -133,7 +140,7 @@ def download_mask(
     summary="Download the preview",
     response_class=Response,
     responses=docs.file("Three slices with the mask over them", "image/png")
-    | docs.problems("invalid_request", "not_found", "not_ready", "blob_corrupt"),
+    | docs.problems("invalid_request", "not_found", "not_ready", "no_longer_kept", "blob_corrupt"),
 )
 def download_preview(
     segmentation_id: schemas.SegmentationId,

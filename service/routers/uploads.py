@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from imaging.identity import Policy
-from service import db, schemas, uploads
+from service import db, quota, schemas, uploads
 from service.auth import Principal, site_pseudonyms
 from service.errors import ServiceError
 from service.idempotency import Answer
@@ -55,6 +55,7 @@ router = deps.router("uploads")
         "idempotency_mismatch",
         "idempotency_in_flight",
         "insufficient_storage",
+        "quota_exceeded",
     ),
 )
 async def begin_upload(
@@ -76,6 +77,8 @@ async def begin_upload(
 
     def work(session: Session) -> Answer:
         upload, is_new = uploads.begin(session, wanted, caller)
+        if is_new:
+            quota.check_bytes(session, caller.id, settings, more=wanted.size_bytes)
         headers = {"Location": f"{deps.PREFIX}/uploads/{upload.id}"}
         shown = _view(upload, store, settings).model_dump(mode="json")
         return Answer(201 if is_new else 200, headers, shown)

@@ -57,7 +57,7 @@ def dataset(row: db.Dataset, items: Sequence[db.DatasetItem]) -> schemas.Dataset
     )
 
 
-def run(row: db.Run) -> schemas.Run:
+def run(row: db.Run, *, queue_position: int | None = None) -> schemas.Run:
     """A run of any kind."""
     made = (row.result or {}).get("model")
     return schemas.Run.model_validate(
@@ -74,6 +74,12 @@ def run(row: db.Run) -> schemas.Run:
             "model": row.spec.get("model") or made,
             "result": row.result,
             "attempt": row.attempt,
+            "priority": row.priority,
+            "requires": {
+                "device": row.needs_device or None,
+                "memory_bytes": row.needs_memory_bytes,
+            },
+            "queue_position": queue_position,
         }
     )
 

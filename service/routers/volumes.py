@@ -11,11 +11,12 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from imaging.identity import Policy
-from service import db, schemas, volumes
+from service import db, quota, retention, schemas, volumes
 from service.auth import Principal
 from service.errors import ServiceError
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import deps, docs, files, receiving, views
+from service.settings import Settings
 from service.storage import Store
 
 _BODY = {
@@ -45,6 +46,7 @@ router = deps.router("volumes")
         "unsupported_media_type",
         "request_too_large",
         "insufficient_storage",
+        "quota_exceeded",
         *receiving.SCAN_PROBLEMS,
     ),
 )
@@ -65,6 +67,7 @@ async def upload_volume(
     receiving.check_media_type(request)
     announced = receiving.declared_size(request) or 0
     await run_in_threadpool(receiving.check_room, store, announced, settings.max_upload_bytes)
+    await run_in_threadpool(_check_quota, sessions, caller, settings, announced)
     writer = await run_in_threadpool(store.receive, max_bytes=settings.max_upload_bytes)
     with writer:
         await receiving.receive(request, writer)
@@ -131,7 +134,7 @@ def get_volume(
     summary="Download a volume",
     response_class=Response,
     responses=docs.file("The file", files.BYTES)
-    | docs.problems("invalid_request", "not_found", "blob_corrupt"),
+    | docs.problems("invalid_request", "not_found", "no_longer_kept", "blob_corrupt"),
 )
 def download_volume(
     volume_id: schemas.VolumeId,
@@ -146,8 +149,11 @@ def download_volume(
     """The canonical NIfTI, or the file it was read from."""
     row = volumes.get(session, volume_id)
     if format == "nifti":
-        return files.attachment(store.path_of(row.voxels_sha256), f"{row.id}.nii")
-    return files.attachment(store.path_of(row.original_sha256), f"{row.id}.original")
+        session.rollback()  # nothing is locked while the file is hashed
+        return files.attachment(store, row.voxels_sha256, f"{row.id}.nii")
+    retention.require_original(row)
+    session.rollback()
+    return files.attachment(store, row.original_sha256, f"{row.id}.original")
 
 
 @router.delete(
@@ -165,6 +171,13 @@ def delete_volume(
 ) -> None:
     """Delete a volume that no dataset and no run refers to, and its files."""
     volumes.delete(session, store, volume_id)
+
+
+def _check_quota(
+    sessions: sessionmaker[Session], caller: Principal, settings: Settings, announced: int
+) -> None:
+    with sessions() as session:
+        quota.check_bytes(session, caller.id, settings, more=announced)
 
 
 def _ingest(

@@ -214,7 +214,7 @@ class NotMade(Answer):
     format: MaskFormat
     code: str = Field(
         description="`source_not_dicom`, `nothing_found` (no label has a voxel), "
-        "`source_header_unusable`, `source_not_found` or `result_not_written`."
+        "`source_header_unusable`, `source_not_found`, `source_not_kept` or `result_not_written`."
     )
     detail: str
 

@@ -25,6 +25,13 @@ from service.schemas.base import (
 )
 
 
+class Requires(Ask):
+    """Which workers may take a run: those whose device is of this kind and has so much memory."""
+
+    device: Literal["cpu", "cuda"] | None = None
+    memory_bytes: int = Field(0, ge=0, le=2**50, description="Of one GPU, or of the host.")
+
+
 class RunCreate(Ask):
     """A training to do. `recipe.kind` may be left out; it is `kind`."""
 
@@ -57,6 +64,10 @@ class RunCreate(Ask):
         None, description="Of fine-tuning, what it starts from: an encoder, or the run of one."
     )
     model_name: ModelName = Field(description="The model that the result becomes a version of.")
+    priority: int = Field(
+        0, ge=-100, le=100, description="Higher goes first; above 0 for admins alone."
+    )
+    requires: Requires = Requires()
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +161,11 @@ class Run(Answer):
     result: dict[str, Any] | None
     error: RunError | None
     attempt: int
+    priority: int = 0
+    requires: Requires = Requires()
+    queue_position: int | None = Field(
+        None, description="While one run that waits is asked for: its turn comes so many claims on."
+    )
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -162,10 +162,10 @@ def test_bundles_that_do_not_fit_leave_memory_and_are_still_searched(session, fi
     find(session, filled[0], max_bytes=one)
     find(session, filled[0], max_bytes=one, digest=OTHER)
 
-    spaces = spaces._spaces_of(session)
+    held = spaces._spaces_of(session)
 
-    assert list(spaces._spaces) == [OTHER]
-    assert sum(space.num_bytes for space in spaces._spaces.values()) <= one
+    assert list(held._spaces) == [OTHER]
+    assert sum(space.num_bytes for space in held._spaces.values()) <= one
 
 
 def test_a_query_of_another_size_is_refused(session, filled):

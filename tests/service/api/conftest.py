@@ -66,7 +66,7 @@ class Api:
         headers = dict(how.pop("headers", {}))
         if role is not None:
             headers.setdefault("Authorization", f"Bearer {self.tokens[role]}")
-        url = path if path.startswith(("/healthz", "/readyz")) else PREFIX + path
+        url = path if path.startswith(("/healthz", "/readyz", "/metrics")) else PREFIX + path
         response = self.http.request(method, url, headers=headers, **how)
         self._check_declared(method, url.partition("?")[0], response.status_code)
         return response

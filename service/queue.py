@@ -1,0 +1,196 @@
+"""Whose turn it is: which waiting run of a queue a worker takes, and where a run stands.
+
+Order: highest priority; then the caller with the fewest runs that are under way or began lately
+(`WINDOW_S`); then the oldest. So one caller's thousand runs do not starve another's one. The unit
+is the caller's token (`Run.created_by`); where projects come, `unit` is the one place to change.
+
+A run is taken only by a worker that it fits (`Able`), and only while its caller has fewer than
+`max_running` under way. The choice is one SQL expression. It asks the partial index
+`ix_run_waiting` for each caller's first run (a loose index scan: a step a caller, not a run).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    BindParameter,
+    ColumnElement,
+    ScalarSelect,
+    and_,
+    bindparam,
+    func,
+    literal,
+    or_,
+    select,
+)
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
+
+from service.db import CLAIMABLE, HELD, Run, db_now
+
+WINDOW_S = {"inference": 3600.0, "train": 86400.0}
+"""How long a run that began counts against its caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Able:
+    """What a worker can do: its kind of device, and that device's memory in bytes.
+
+    `kind` is `cpu`, `cuda`, or empty for a worker that takes whatever comes (tests, tools).
+    """
+
+    kind: str = ""
+    memory_bytes: int = 0
+
+
+ANYTHING = Able()
+
+
+def unit(run: type[Run]) -> InstrumentedAttribute[str]:
+    """Whom a run counts for: the caller today, its project once there are projects."""
+    return run.created_by
+
+
+def turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSelect[str]:
+    """The id of the run whose turn it is, locked for the claim; no row where none waits.
+
+    Another worker that claims at the same moment may hold that row: then this finds nothing, and
+    the caller falls back on `any_turn`.
+    """
+    chosen = _caller(queue, able, max_running)
+    return _first(
+        queue,
+        able,
+        unit(Run) == select(chosen.c.unit).scalar_subquery(),
+        Run.priority == select(chosen.c.top).scalar_subquery(),
+    )
+
+
+def any_turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSelect[str]:
+    """The best run that nobody else is about to claim, whosever it is: priority, then age."""
+    if not max_running:
+        return _first(queue, able)
+    held = aliased(Run)
+    busy = (
+        select(unit(held))
+        .where(held.queue == queue, held.state.in_(HELD))
+        .group_by(unit(held))
+        .having(func.count() >= max_running)
+    )
+    return _first(queue, able, unit(Run).not_in(busy))
+
+
+def is_waiting(run: type[Run], queue: str) -> ColumnElement[bool]:
+    """Whether a run waits in a queue; written so that the partial index serves it."""
+    states: BindParameter[str] = bindparam(
+        None, sorted(state.value for state in CLAIMABLE), expanding=True, literal_execute=True
+    )
+    return and_(run.queue == queue, run.state.in_(states), run.cancel_requested_at.is_(None))
+
+
+def fits(run: type[Run], able: Able) -> ColumnElement[bool]:
+    """Whether a worker that is able to so much can do the run."""
+    if not able.kind:
+        return literal(True)  # SQL's true
+    return and_(run.needs_device.in_(["", able.kind]), run.needs_memory_bytes <= able.memory_bytes)
+
+
+def position(session: Session, run: Run) -> int | None:
+    """How many claims it takes until a waiting run is claimed, if nothing new comes; from 1.
+
+    None for a run that does not wait. It counts every worker as able to do every run.
+    """
+    if run.state not in CLAIMABLE:
+        return None
+    waiting, counted = aliased(Run), aliased(Run)
+    shares = (
+        select(unit(counted).label("unit"), func.count().label("share"))
+        .where(counted.queue == run.queue, or_(*_counts(counted, run.queue)))
+        .group_by(unit(counted))
+        .subquery()
+    )
+    within = func.row_number().over(
+        partition_by=unit(waiting),
+        order_by=(waiting.priority.desc(), waiting.created_at, waiting.id),
+    )
+    turns = (
+        select(
+            waiting.id,
+            waiting.priority,
+            waiting.created_at,
+            (within + func.coalesce(shares.c.share, 0)).label("turn"),
+        )
+        .join(shares, shares.c.unit == unit(waiting), isouter=True)
+        .where(is_waiting(waiting, run.queue))
+        .subquery()
+    )
+    order = (turns.c.priority.desc(), turns.c.turn, turns.c.created_at, turns.c.id)
+    placed = select(turns.c.id, func.row_number().over(order_by=order).label("position")).subquery()
+    return session.scalar(select(placed.c.position).where(placed.c.id == run.id))
+
+
+def _first(queue: str, able: Able, *where: ColumnElement[bool]) -> ScalarSelect[str]:
+    return (
+        select(Run.id)
+        .where(is_waiting(Run, queue), fits(Run, able), *where)
+        .order_by(Run.priority.desc(), Run.created_at, Run.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
+
+
+def _caller(queue: str, able: Able, max_running: int) -> CTE:
+    """Whose turn it is (`unit`), and the highest priority of a run of theirs (`top`)."""
+    callers = _callers(queue)
+    waiting, first, held, recent = aliased(Run), aliased(Run), aliased(Run), aliased(Run)
+
+    def of_caller(value: Any, run: type[Run], *where: ColumnElement[bool]) -> ScalarSelect[Any]:
+        found = select(value).where(
+            is_waiting(run, queue), fits(run, able), unit(run) == callers.c.unit, *where
+        )
+        return found.correlate(callers).scalar_subquery()
+
+    top = of_caller(func.max(waiting.priority), waiting)
+    oldest = of_caller(func.min(first.created_at), first, first.priority == top)
+
+    def count(run: type[Run], condition: ColumnElement[bool]) -> ScalarSelect[int]:
+        where = (run.queue == queue, unit(run) == callers.c.unit, condition)
+        mine = select(func.count()).select_from(run).where(*where)
+        return mine.correlate(callers).scalar_subquery()
+
+    under_way = count(held, _counts(held, queue)[0])
+    began = count(recent, _counts(recent, queue)[1])
+    statement = select(callers.c.unit, top.label("top")).where(top.is_not(None))
+    if max_running:
+        statement = statement.where(under_way < max_running)
+    return statement.order_by(top.desc(), under_way + began, oldest).limit(1).cte("chosen")
+
+
+def _callers(queue: str) -> Any:
+    """Everybody who has a run waiting: one index lookup each, however many runs they have."""
+    first, later = aliased(Run), aliased(Run)
+    callers = (
+        select(func.min(unit(first)).label("unit"))
+        .where(is_waiting(first, queue))
+        .cte("caller", recursive=True)
+    )
+    following = (
+        select(func.min(unit(later)))
+        .where(is_waiting(later, queue), unit(later) > callers.c.unit)
+        .correlate(callers)
+        .scalar_subquery()
+    )
+    return callers.union_all(select(following).where(callers.c.unit.is_not(None)))
+
+
+def _counts(run: type[Run], queue: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """What counts against a caller: runs under way, and other runs that began lately."""
+    # As a subquery, so that PostgreSQL takes the clock once and an index serves the comparison.
+    since = select(db_now(-WINDOW_S[queue])).scalar_subquery()
+    return (
+        run.state.in_(HELD),
+        and_(run.state.not_in(HELD), run.started_at > since),
+    )

@@ -1,0 +1,165 @@
+"""T-O1: every revision down and up with a row in every table; one migrator; no wrong schema."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import func, inspect, select, text
+
+from service import db, migrate
+from service.stack import environment
+
+NOW = datetime(2026, 11, 25, tzinfo=UTC)
+
+
+def fill(engine) -> dict[str, int]:
+    """At least one row in every table, in the order of the foreign keys; returns the counts."""
+    sha = "0" * 64
+    known = {
+        ("volume", "kind"): "image",
+        ("upload", "kind"): "image",
+        ("dataset_item", "split"): "train",
+        ("dataset_item", "labels_id"): None,
+        ("run", "state"): "queued",
+        ("run", "queue"): "inference",
+        ("embedding", "dims"): 1,
+        ("embedding", "vector"): b"\0\0\0\0",
+        ("upload", "received_bytes"): 0,
+        ("upload", "size_bytes"): 1,
+    }
+
+    def value(table, column):
+        if (table.name, column.name) in known:
+            return known[table.name, column.name]
+        for key in column.foreign_keys:
+            return value(key.column.table, key.column)
+        if "sha256" in column.name or (column.name == "digest" and table.name != "token"):
+            return sha
+        kind = column.type.python_type if not isinstance(column.type, db.UtcDateTime) else datetime
+        values = {str: "x", int: 1, bytes: b"1" * 32, datetime: NOW, dict: {}, list: []}
+        return values.get(kind, {})
+
+    with engine.begin() as connection:
+        for table in db.Base.metadata.sorted_tables:
+            row = {column.name: value(table, column) for column in table.columns}
+            connection.execute(table.insert().values(**row))
+    return counts(engine)
+
+
+def counts(engine) -> dict[str, int]:
+    with engine.connect() as connection:
+        there = set(inspect(engine).get_table_names()) - {"alembic_version"}
+        return {
+            name: connection.scalar(select(func.count()).select_from(text(f'"{name}"')))
+            for name in sorted(there)
+        }
+
+
+def revisions() -> list[str]:
+    return [script.revision for script in migrate._scripts().walk_revisions()]
+
+
+def test_t_o1_each_revision_goes_down_and_up_with_rows_in_every_table(engine, database_url):
+    before = fill(engine)
+    assert set(before) == set(db.Base.metadata.tables)
+    assert min(before.values()) == 1  # the control: there is something to lose
+
+    for below in [*revisions()[1:]]:
+        migrate.downgrade(database_url, below)
+        kept = counts(engine)
+        assert {name: before[name] for name in kept} == kept
+        assert migrate.found(engine) == below
+        migrate.upgrade(database_url)
+        assert migrate.is_current(engine)
+        after = counts(engine)
+        assert {name: after[name] for name in kept} == kept
+        with engine.connect() as connection:
+            context = MigrationContext.configure(connection, opts={"compare_type": True})
+            assert list(compare_metadata(context, db.Base.metadata)) == []
+
+
+def test_a_migration_that_breaks_off_leaves_the_tables_as_they_were(engine, database_url):
+    fill(engine)
+    migrate.downgrade(database_url, "0003")
+    engine.dispose()  # SQLite would look for names among the tables that it read before
+    with engine.begin() as connection:  # the last step of 0006 will meet it
+        connection.execute(text("CREATE INDEX ix_run_share ON run (queue)"))
+    columns = {column["name"] for column in inspect(engine).get_columns("run")}
+
+    with pytest.raises(Exception, match="ix_run_share"):
+        migrate.upgrade(database_url)
+
+    assert migrate.found(engine) == "0003"
+    assert {column["name"] for column in inspect(engine).get_columns("run")} == columns
+    with engine.begin() as connection:
+        connection.execute(text("DROP INDEX ix_run_share"))
+    migrate.upgrade(database_url)
+    assert migrate.is_current(engine)
+
+
+def at(engine, revision: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = :r"), {"r": revision})
+
+
+@pytest.mark.parametrize(
+    ("revision", "says"), [("0003", "run `pcrl migrate`"), ("9999", "does not know")]
+)
+def test_tables_of_another_version_are_refused_with_what_to_do(engine, revision, says):
+    migrate.require_current(engine)  # the control
+    at(engine, revision)
+
+    with pytest.raises(migrate.SchemaError, match=says):
+        migrate.require_current(engine)
+
+
+def test_nothing_migrates_a_newer_versions_database(engine, database_url):
+    at(engine, "9999")
+
+    with pytest.raises(migrate.SchemaError, match="9999"):
+        migrate.upgrade(database_url)
+
+
+@pytest.mark.parametrize("command", [["api"], ["upkeep"], ["worker", "--queue", "train"]])
+def test_no_process_starts_on_tables_of_another_version(tmp_path, command):
+    from service.settings import Settings
+
+    settings = Settings(data_dir=tmp_path)
+    migrate.upgrade(settings.database_url, "0003")
+    env = environment(settings)
+    env.pop("PCRL_SUPERVISOR_PID")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", *command],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == os.EX_CONFIG
+    assert "run `pcrl migrate`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_migrator_of_a_sqlite_database_waits_for_the_first(sqlite_url, tmp_path):
+    lock = os.open(tmp_path / "test.sqlite3.migrate", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    second = threading.Thread(target=migrate.upgrade, args=(sqlite_url,))
+    second.start()
+    second.join(0.5)
+    waited = second.is_alive() and not (tmp_path / "test.sqlite3").exists()
+    os.close(lock)
+    second.join(60)
+
+    assert waited
+    engine = db.connect(sqlite_url)
+    assert migrate.is_current(engine)
+    engine.dispose()

@@ -1,0 +1,214 @@
+"""Whose turn it is: priority, then fair shares, then age; and only what fits the worker."""
+
+import threading
+from collections import Counter
+
+import pytest
+from sqlalchemy import select, text, update
+
+from service import db, queue, runs
+from service.queue import Able
+from service.settings import Settings
+
+
+def put(session, caller: str, number: int = 1, **how) -> list[str]:
+    kind = how.pop("kind", "segment")
+    made = [
+        runs.create(session, kind=kind, spec={}, principal=caller, **how).id for _ in range(number)
+    ]
+    session.commit()
+    return made
+
+
+def take(session, *, finish: bool = True, **how) -> str | None:
+    """Claim a run and end it; returns whose it was."""
+    lease = runs.claim(session, None, how.pop("queue", "inference"), "w", **how)
+    if lease is None:
+        return None
+    caller = runs.get(session, lease.run_id).created_by
+    session.rollback()
+    if finish:
+        runs.finish(session, lease, db.RunState.SUCCEEDED, outcome="done")
+    return caller
+
+
+def test_a_callers_hundred_runs_do_not_starve_anothers_one(sessions):
+    with sessions() as session:
+        put(session, "busy", 100)
+        put(session, "quiet", 1)
+
+        order = [take(session) for _ in range(3)]
+
+    assert "quiet" in order[:2]
+
+
+def test_by_age_alone_the_one_would_have_waited_for_all_hundred(sessions):
+    """The control: the fallback is in order of age, and there the hundred come first."""
+    with sessions() as session:
+        put(session, "busy", 100)
+        (last,) = put(session, "quiet", 1)
+        first = session.scalar(select(queue.any_turn("inference")))
+
+    assert first != last
+
+
+def test_shares_are_even_among_callers_who_all_want_much(sessions):
+    with sessions() as session:
+        for caller, number in (("a", 30), ("b", 20), ("c", 10)):
+            put(session, caller, number)
+
+        taken = Counter(take(session) for _ in range(30))
+
+    assert taken == {"a": 10, "b": 10, "c": 10}
+
+
+def test_runs_under_way_count_however_long_ago_they_began(sessions):
+    with sessions() as session:
+        put(session, "busy", 3, kind="pretrain")
+        assert take(session, queue="train", finish=False) == "busy"
+        session.execute(
+            update(db.Run)
+            .where(db.Run.state == "starting")
+            .values(started_at=db.db_now(-30 * 86400.0)),
+            execution_options={"synchronize_session": False},
+        )
+        session.commit()
+        put(session, "quiet", 1, kind="pretrain")
+
+        assert take(session, queue="train") == "quiet"
+
+
+def test_runs_that_began_long_ago_and_ended_are_forgotten(sessions):
+    with sessions() as session:
+        put(session, "busy", 2)
+        take(session)
+        session.execute(
+            update(db.Run).where(db.Run.state == "succeeded").values(started_at=db.db_now(-7200.0)),
+            execution_options={"synchronize_session": False},
+        )
+        session.commit()
+        put(session, "quiet", 1)
+
+        assert take(session) == "busy"  # older, and nothing counts against it any more
+
+
+def test_priority_goes_before_fairness(sessions):
+    with sessions() as session:
+        put(session, "quiet", 1)
+        put(session, "busy", 3, priority=5)
+
+        assert [take(session) for _ in range(4)] == ["busy"] * 3 + ["quiet"]
+
+
+@pytest.mark.parametrize(
+    ("needs", "takes"),
+    [
+        (Able(), True),
+        (Able("cpu"), True),
+        (Able("cuda"), False),
+        (Able("cpu", 2 * 2**30), True),
+        (Able("cpu", 64 * 2**30), False),
+        (Able("", 64 * 2**30), False),
+    ],
+)
+def test_a_worker_takes_what_fits_it(sessions, needs, takes):
+    with sessions() as session:
+        put(session, "a", 1, needs=needs)
+
+        assert (take(session, able=Able("cpu", 8 * 2**30)) == "a") is takes
+
+
+def test_a_run_that_fits_goes_past_one_that_does_not(sessions):
+    with sessions() as session:
+        put(session, "a", 1, needs=Able("cuda"), priority=9)
+        put(session, "b", 1)
+
+        assert take(session, able=Able("cpu", 2**30)) == "b"
+        assert take(session, able=Able("cpu", 2**30)) is None
+        assert take(session, able=Able("cuda", 2**30)) == "a"
+
+
+def test_a_caller_at_its_limit_waits_while_others_go_on(sessions):
+    with sessions() as session:
+        put(session, "busy", 5)
+        put(session, "quiet", 1)
+        taken = [take(session, finish=False, max_running=2) for _ in range(4)]
+
+        assert Counter(taken) == {"busy": 2, "quiet": 1, None: 1}
+        assert take(session, finish=False) == "busy"  # the control: without a limit
+
+
+def test_positions_are_the_order_in_which_runs_are_claimed(sessions):
+    with sessions() as session:
+        put(session, "a", 4)
+        put(session, "b", 2)
+        put(session, "c", 1, priority=3)
+        put(session, "a", 1, priority=-3)
+        take(session)
+        waiting = session.scalars(select(db.Run).where(db.Run.state == "queued")).all()
+        told = {run.id: queue.position(session, run) for run in waiting}
+        session.rollback()
+
+        claimed = []
+        while (lease := runs.claim(session, None, "inference", "w")) is not None:
+            claimed.append(lease.run_id)
+            runs.finish(session, lease, db.RunState.SUCCEEDED, outcome="done")
+
+    assert sorted(told, key=told.__getitem__) == claimed
+    assert sorted(told.values()) == list(range(1, len(claimed) + 1))
+
+
+def test_a_run_that_does_not_wait_has_no_position(sessions):
+    with sessions() as session:
+        (run_id,) = put(session, "a")
+        assert queue.position(session, runs.get(session, run_id)) == 1
+        take(session)
+
+        assert queue.position(session, runs.get(session, run_id)) is None
+
+
+def test_claims_at_once_take_different_runs_of_few_callers(sessions):
+    with sessions() as session:
+        put(session, "a", 20)
+        put(session, "b", 5)
+    taken, lock = [], threading.Lock()
+
+    def work():
+        with sessions() as session:
+            while (lease := runs.claim(session, None, "inference", "w")) is not None:
+                with lock:
+                    taken.append(lease.run_id)
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(taken) == len(set(taken)) == 25
+
+
+def test_while_a_callers_only_run_is_being_claimed_others_are_taken(new_postgres):
+    """A claimer that is frozen inside its transaction stops nobody (PostgreSQL's row locks)."""
+    from service import migrate
+
+    url = new_postgres()
+    migrate.upgrade(url)
+    engine = db.connect(url)
+    make = db.sessions(engine)
+    with make() as session:
+        (locked,) = put(session, "quiet", 1)
+        put(session, "busy", 3)
+        take(session, finish=False)  # quiet's, the oldest
+        session.execute(update(db.Run).where(db.Run.id == locked).values(state="queued"))
+        session.execute(update(db.Run).values(started_at=None))
+        session.commit()
+    with make() as frozen, make() as session:
+        frozen.execute(text("SELECT id FROM run WHERE id = :id FOR UPDATE"), {"id": locked})
+
+        assert take(session) == "busy"
+    engine.dispose()
+
+
+def test_settings_know_a_gpu_by_its_number(tmp_path):
+    assert Settings(data_dir=tmp_path, device="cuda:1").device == "cuda:1"
