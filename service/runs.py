@@ -23,7 +23,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, and_, case, func, literal, or_, select, true, update
 from sqlalchemy.orm import Session
 
-from service import embeddings, registry
+from service import embeddings, faults, registry
 from service.db import (
     CLAIMABLE,
     HELD,
@@ -46,6 +46,7 @@ from service.db import (
 )
 from service.embeddings import NewEmbedding
 from service.errors import ServiceError
+from service.patience import patiently
 
 Outcome = Literal[
     "done", "error", "oom", "crash", "canceled", "preempted", "lost", "stalled", "fenced"
@@ -346,7 +347,9 @@ def claim(
         worker=worker,
         lease_s=lease_s,
     )
+    faults.point("claim.before_commit")
     session.commit()
+    faults.point("claim.after_commit")
     return lease
 
 
@@ -364,6 +367,7 @@ def started(session: Session, lease: Lease) -> None:
     if state is RunState.RUNNING:
         _state_event(session, lease.run_id, state, lease.attempt)
     session.commit()
+    faults.point("started.after_commit")
 
 
 def heartbeat(session: Session, lease: Lease) -> Beat:
@@ -375,6 +379,7 @@ def heartbeat(session: Session, lease: Lease) -> Beat:
         .returning(Run.cancel_requested_at),
         execution_options={"synchronize_session": False},
     ).one_or_none()
+    faults.point("heartbeat.before_commit")
     session.commit()
     return Beat(alive=row is not None, cancel_requested=row is not None and row[0] is not None)
 
@@ -400,7 +405,9 @@ def record(
     change: dict[str, Any] = {"progress": data} if type == "progress" else {"fence": Run.fence}
     _write(session, lease, **change)
     session.add(RunEvent(run_id=lease.run_id, type=type, data=data))
+    faults.point("record.before_commit")
     session.commit()
+    faults.point("record.after_commit")
 
 
 def finish(
@@ -437,6 +444,37 @@ def finish(
     """
     if state not in TERMINAL:
         raise ValueError(f"{state} is not an end")
+
+    def write() -> None:
+        _finish(
+            session,
+            lease,
+            state,
+            result=result,
+            error=error,
+            outcome=outcome,
+            exit_code=exit_code,
+            artifacts=artifacts,
+            register=register,
+            embedding=embedding,
+        )
+
+    patiently(session, write, for_s=lease.lease_s)
+
+
+def _finish(
+    session: Session,
+    lease: Lease,
+    state: RunState,
+    *,
+    result: dict[str, Any] | None,
+    error: dict[str, Any] | None,
+    outcome: Outcome,
+    exit_code: int | None,
+    artifacts: Sequence[NewArtifact],
+    register: NewVersion | None,
+    embedding: NewEmbedding | None,
+) -> None:
     try:
         if state is RunState.CANCELED:
             _write(session, lease, extra=Run.cancel_requested_at.is_not(None), **_end(state))
@@ -464,10 +502,12 @@ def finish(
             session, lease.run_id, lease.fence, outcome, exit_code=exit_code, detail=detail
         )
         _state_event(session, lease.run_id, state, lease.attempt, error)
+        faults.point("finish.before_commit")
         session.commit()
     except BaseException:
         session.rollback()
         raise
+    faults.point("finish.after_commit")
 
 
 def give_back(
@@ -490,6 +530,29 @@ def give_back(
     Raises:
         Fenced: The run is no longer ours.
     """
+    return patiently(
+        session,
+        lambda: _give_back(
+            session,
+            lease,
+            outcome,
+            exit_code=exit_code,
+            error=error,
+            max_attempts=max_attempts,
+        ),
+        for_s=lease.lease_s,
+    )
+
+
+def _give_back(
+    session: Session,
+    lease: Lease,
+    outcome: Outcome,
+    *,
+    exit_code: int | None,
+    error: dict[str, Any] | None,
+    max_attempts: int,
+) -> RunState:
     counts = outcome != "preempted"
     is_spent = counts and lease.attempt >= max_attempts
     after = RunState.FAILED if is_spent else RunState.INTERRUPTED
@@ -512,7 +575,9 @@ def give_back(
     _state_event(
         session, lease.run_id, state, lease.attempt, error if state is RunState.FAILED else None
     )
+    faults.point("give_back.before_commit")
     session.commit()
+    faults.point("give_back.after_commit")
     return state
 
 
@@ -565,7 +630,9 @@ def reap(session: Session, *, suspect_s: float = 15.0, max_attempts: int = 3) ->
         update(Run).where(is_out, Run.suspect_at.is_(None)).values(suspect_at=db_now()),
         execution_options={"synchronize_session": False},
     )
+    faults.point("reap.before_commit")
     session.commit()
+    faults.point("reap.after_commit")
     return [run.id for run in taken]
 
 
@@ -594,7 +661,9 @@ def due(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
         .returning(Run.id, Run.queue),
         execution_options={"synchronize_session": False},
     ).all()
+    faults.point("due.before_commit")
     session.commit()
+    faults.point("due.after_commit")
     return [(run_id, queue) for run_id, queue in rows]
 
 

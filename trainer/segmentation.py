@@ -45,7 +45,7 @@ class Segmentation:
     def __init__(self, recipe: FinetuneRecipe, setting: Setting) -> None:
         store = VolumeCache(setting.cache)
         self._recipe, self._network = recipe, setting.network
-        self._device = setting.device
+        self._device, self._report = setting.device, setting.report
         self._members = region_members(recipe)
         weights = [1.0, *(recipe.class_weights.get(name, 1.0) for name in recipe.labels)]
         self._class_weights = torch.tensor(weights, device=setting.device)  # background first
@@ -97,7 +97,10 @@ class Segmentation:
             then over the others.
         """
         self._network.eval()
-        by_case = [self._dice(case) for case in self._cases[split]]
+        cases, by_case = self._cases[split], []
+        for done, case in enumerate(cases, start=1):
+            by_case.append(self._dice(case))
+            self._report.progress("judge", done, len(cases))  # or it would look stalled
         self._network.train()
         metrics: Metrics = {}
         for name, scores in zip(self._recipe.targets, zip(*by_case, strict=True), strict=True):
