@@ -584,18 +584,23 @@ def _give_back(
 # Upkeep's side. Each commits, and is safe to run twice at once.
 
 
-def reap(session: Session, *, suspect_s: float = 15.0, max_attempts: int = 3) -> list[str]:
+def reap(
+    session: Session, *, suspect_s: float = 15.0, max_attempts: int = 3, lease_s: float = 30.0
+) -> list[str]:
     """Take back runs whose worker is gone, in two sweeps.
 
     A lease that has run out makes a run suspect; one that is still out `suspect_s` later loses
     it. A live worker's heartbeat in between clears the suspicion, so a jump of the clock alone
-    takes nothing away.
+    takes nothing away. A lease longer than any that is given (`lease_s`, twice) is out as well:
+    the clock was set back, and a dead worker's run would wait for it to come again.
 
     Returns:
         Ids of the runs that were taken back: interrupted, canceled if that was requested, failed
         with `worker_lost` after `max_attempts`.
     """
-    is_out = and_(Run.state.in_(HELD), Run.lease_until < db_now())
+    is_over = or_(Run.lease_until < db_now(), Run.lease_until > db_now(2 * lease_s))
+    is_out = and_(Run.state.in_(HELD), is_over)
+    is_confirmed = or_(Run.suspect_at < db_now(-suspect_s), Run.suspect_at > db_now(2 * lease_s))
     is_canceled = Run.cancel_requested_at.is_not(None)
     is_spent = Run.attempt >= max_attempts
     error = {
@@ -604,7 +609,7 @@ def reap(session: Session, *, suspect_s: float = 15.0, max_attempts: int = 3) ->
     }
     taken = session.scalars(
         update(Run)
-        .where(is_out, Run.suspect_at < db_now(-suspect_s))
+        .where(is_out, is_confirmed)
         .values(
             state=case(
                 (is_canceled, RunState.CANCELED),
@@ -641,7 +646,10 @@ def due(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
 
     This makes the table the outbox: an accepted run is rung for until a worker takes it.
     """
-    is_due = and_(Run.state.in_(CLAIMABLE), Run.publish_after <= db_now())
+    is_time = or_(  # the second: the clock was set back
+        Run.publish_after <= db_now(), Run.publish_after > db_now(2 * LATE_REMINDER_S)
+    )
+    is_due = and_(Run.state.in_(CLAIMABLE), is_time)
     picked = (
         select(Run.id)
         .where(is_due)
@@ -665,6 +673,17 @@ def due(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
     session.commit()
     faults.point("due.after_commit")
     return [(run_id, queue) for run_id, queue in rows]
+
+
+def not_rung(session: Session, run_ids: Sequence[str]) -> None:
+    """The broker did not take their messages: try again soon, not at the next reminder."""
+    session.execute(
+        update(Run)
+        .where(Run.id.in_(run_ids), Run.state.in_(CLAIMABLE))
+        .values(publish_after=db_now(FIRST_REMINDER_S)),
+        execution_options={"synchronize_session": False},
+    )
+    session.commit()
 
 
 def _is_ours(lease: Lease, states: frozenset[RunState] = HELD) -> Any:

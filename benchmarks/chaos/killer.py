@@ -20,7 +20,7 @@ TARGETS = (
     "api", "worker-inference", "worker-train", "training", "upkeep", "redis", "postgres", "backend"
 )  # fmt: skip
 EMBEDDED_TARGETS = ("api", "worker-inference", "worker-train", "training", "upkeep")
-WAIT_S = 8.0
+WAIT_S = 15.0
 
 
 class Killer:
@@ -41,6 +41,9 @@ class Killer:
             kinds = EMBEDDED_TARGETS if self.stack.is_embedded else TARGETS
             self._plan = self.random.sample(kinds, len(kinds))
         kind = self._plan.pop()
+        deadline = time.monotonic() + WAIT_S
+        while kind == "worker-train" and not self._trainings() and time.monotonic() < deadline:
+            time.sleep(0.05)  # better while it has something to lose
         deadline = time.monotonic() + WAIT_S
         while time.monotonic() < deadline:
             pid = self._pid(kind)
@@ -98,12 +101,15 @@ class Killer:
         if kind == "backend":
             return self._backend()
         if kind == "training":
-            below = descendants(self.stack.part("worker-train").pid)
-            return self._one([pid for pid in below if "-m trainer " in command_of(pid)])
+            return self._one(self._trainings())
         if kind == "worker-inference":
             main = self.stack.part(self.random.choice(self.stack.workers)).pid
             return self._one([main, *descendants(main)])
         return self.stack.part(kind).pid
+
+    def _trainings(self) -> list[int]:
+        below = descendants(self.stack.part("worker-train").pid)
+        return [pid for pid in below if "-m trainer " in command_of(pid)]
 
     def _backend(self) -> int | None:
         """A connection of somebody else's that has just worked."""

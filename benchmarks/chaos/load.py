@@ -27,13 +27,13 @@ from service.storage import Store
 MODEL = "box"
 SHAPE = (24, 20, 16)
 INSIDE_HU, OUTSIDE_HU = 800, 100
-PAUSE_S = 0.2
+PAUSE_S = 0.3
 TRAINING: dict[str, Any] = {
     "network": {"base_width": 2},
     "preprocessing": {"spacing_mm": [1.0, 1.0, 1.0]},
     "method": {"name": "pcrl", "queue_size": 16, "embedding_size": 16},
     "crops": {"crop_sizes": [[16, 16, 16]], "input_size": [16, 16, 16]},
-    "num_steps": 100,
+    "num_steps": 60,
     "batch_size": 2,
     "checkpoint_every": 10,
     "log_every": 1,
