@@ -30,7 +30,7 @@ from service.db import Run, db_now
 from service.storage import Store
 
 UNAVAILABLE = 69
-MEMORY = Path("/dev/shm")  # noqa: S108  # SIGKILL loses no file of a tmpfs, and fsync costs nothing
+MEMORY = Path("/dev/shm")  # SIGKILL loses no file of a tmpfs, and fsync costs nothing
 FREEZE_LEASES = 1.5
 
 

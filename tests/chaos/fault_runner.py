@@ -17,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
-from service import auth, celery_app, db, faults, runs, tasks, upkeep, volumes
+from service import auth, celery_app, db, faults, idempotency, runs, tasks, upkeep, volumes
 from service.routers.answers import accepted
 from service.routers.deps import Once
 from service.runs import NewArtifact, NewVersion
@@ -29,6 +29,7 @@ KEY, PRINCIPAL = "key", auth.Principal(id="t", name="t", role=auth.Role.ADMIN)
 FAST = {"lease_s": 0.6, "heartbeat_s": 0.05, "suspect_s": 0.05, "min_free_bytes": 0}
 TIMEOUT_S = 60.0
 runs.FIRST_REMINDER_S = runs.REMINDER_S = 0.1
+idempotency.ABANDONED_S = 0.5
 
 
 class Case:

@@ -18,7 +18,6 @@ import pytest
 from benchmarks.chaos import load
 from service import faults, migrate
 from service.settings import Settings
-from service.stack import environment
 from service.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,11 +48,12 @@ class Runner:
         migrate.upgrade(f"sqlite:///{other / 'pcrl.sqlite3'}")
         load.register_model(Settings(data_dir=other), folder)  # leaves folder / "bundle"
         nib.save(nib.Nifti1Image(load.scan_of(1), np.eye(4)), folder / "scan.nii")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PCRL_")}
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("fault_runner.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**environment(settings), "PYTHONPATH": str(ROOT)},
+            env={**inherited, "PYTHONPATH": str(ROOT)},
             text=True,
         )
 
