@@ -34,7 +34,7 @@ from service.db import RunKind, RunState
 from service.lease import Keeper
 from service.runs import Lease, NewVersion
 from service.worker import Worker, this_worker, work_through
-from trainer import errors
+from trainer import errors, launch
 from trainer import news as news_file
 from trainer.news import MAX_MESSAGE, UNEXPECTED, Follower, News
 from trainer.stall import StallWatch
@@ -150,6 +150,7 @@ def _child(command: list[str], folder: Path, lease: Lease) -> Iterator[subproces
     lost with us.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith("PCRL_")}
+    env[launch.SUPERVISOR] = str(os.getpid())
     says = news_file.path_of(folder, lease)
     with (folder / "stderr.log").open("ab") as stderr, says.open("ab") as stdout:
         child = subprocess.Popen(  # noqa: S603  # our own command

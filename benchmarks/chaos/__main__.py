@@ -61,7 +61,7 @@ def _run(stack: ChaosStack, args: argparse.Namespace) -> bool:
     began = time.monotonic()
     token = stack.start()
     load.register_model(stack.settings, stack.folder)
-    accepted, killer = load.Accepted(), Killer(stack, args.seed)
+    accepted, killer = load.Accepted(), Killer(stack, args.seed, only=args.only)
     until = began + args.timeout
     threads = load.send_all(
         stack.url, token, accepted,
@@ -162,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
     parser.add_argument("--uploads", type=int, default=60)
     parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--only", help="one kind of process alone")
     parser.add_argument("--freezes", type=int, default=0, help="SIGSTOP beyond the lease")
     parser.add_argument("--trainings", type=int, default=1)
     parser.add_argument("--clients", type=int, default=6)

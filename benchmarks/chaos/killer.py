@@ -26,7 +26,8 @@ WAIT_S = 15.0
 class Killer:
     """Kills by a seeded plan: every kind of process in each round, in random order."""
 
-    def __init__(self, stack: ChaosStack, seed: int) -> None:
+    def __init__(self, stack: ChaosStack, seed: int, *, only: str | None = None) -> None:
+        self._only = only
         self.stack = stack
         self.random = random.Random(seed)
         self.killed: Counter[str] = Counter()
@@ -38,10 +39,11 @@ class Killer:
     def kill(self) -> str | None:
         """Kill one process; its kind, or None if none of the kind came to life in time."""
         if not self._plan:
-            kinds = EMBEDDED_TARGETS if self.stack.is_embedded else TARGETS
+            kinds: tuple[str, ...] = EMBEDDED_TARGETS if self.stack.is_embedded else TARGETS
+            kinds = (self._only,) if self._only is not None else kinds
             self._plan = self.random.sample(kinds, len(kinds))
         kind = self._plan.pop()
-        deadline = time.monotonic() + WAIT_S
+        deadline = time.monotonic() + (WAIT_S if self._only is None else 10 * WAIT_S)
         while kind == "worker-train" and not self._trainings() and time.monotonic() < deadline:
             time.sleep(0.05)  # better while it has something to lose
         deadline = time.monotonic() + WAIT_S

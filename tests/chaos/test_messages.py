@@ -9,7 +9,7 @@ import pytest
 
 from service import celery_app, db
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
 
 
 def test_t_c5_runs_accepted_while_redis_is_down_are_done_soon_after_it_is_back(
@@ -20,14 +20,16 @@ def test_t_c5_runs_accepted_while_redis_is_down_are_done_soon_after_it_is_back(
     log = tmp_path / "worker.log"
     with workers.worker(settings, "inference", log, include=quick_tasks):
         before = service.post()
-        workers.wait_for(lambda: service.have_ended([before]), what="for the first run")
+        workers.wait_for(
+            lambda: service.have_ended([before]), timeout_s=90, what="for the first run"
+        )
 
         own_redis.kill()
         assert not celery_app.ring("x", "inference", settings=settings)  # the control: it is down
         accepted = [service.post(ring=False) for _ in range(100)]
         assert service.states(accepted) == {"queued"}
         own_redis.start()
-        workers.wait_for(lambda: service.have_ended(accepted), timeout_s=60, what="for the rest")
+        workers.wait_for(lambda: service.have_ended(accepted), timeout_s=90, what="for the rest")
 
     assert service.states(accepted) == {"succeeded"}
     assert {service.read(run_id).attempt for run_id in accepted} == {1}
@@ -45,7 +47,7 @@ def test_t_c5_messages_that_redis_forgets_are_rung_for_again(
             posted.append(service.post(seconds=0.02))
             if number % 3 == 0:
                 own_redis.flush()
-        workers.wait_for(lambda: service.have_ended(posted), timeout_s=60, what="for all")
+        workers.wait_for(lambda: service.have_ended(posted), timeout_s=90, what="for all")
 
     assert service.states(posted) == {"succeeded"}
 
@@ -64,7 +66,7 @@ def test_t_c6_messages_that_come_five_times_and_shuffled_are_worked_on_once(
         workers.worker(settings, "inference", tmp_path / "1.log", include=quick_tasks),
         workers.worker(settings, "inference", tmp_path / "2.log", include=quick_tasks),
     ):
-        workers.wait_for(lambda: service.have_ended(posted), timeout_s=60, what="for all")
+        workers.wait_for(lambda: service.have_ended(posted), timeout_s=90, what="for all")
 
     assert [service.outcomes(run_id) for run_id in posted] == [["done"]] * len(posted)
 
@@ -79,11 +81,12 @@ def test_t_c11_a_worker_whose_clock_is_two_hours_ahead_still_hears_the_bell(
     service = service_of(settings, upkeeps=False)  # nobody rings again
     with workers.worker(settings, "inference", tmp_path / "w.log", include=quick_tasks):
         heard = service.post()
-        workers.wait_for(lambda: service.have_ended([heard]), what="for the run")
+        workers.wait_for(lambda: service.have_ended([heard]), timeout_s=90, what="for the run")
 
         monkeypatch.setattr(celery_app, "MESSAGE_LIFE_S", 600)  # the control: as it was before
         service.post()
         workers.wait_for(
-            lambda: "Discarding revoked task" in (tmp_path / "w.log").read_text(), what="discard"
+            lambda: "Discarding revoked task" in (tmp_path / "w.log").read_text(),
+            what="for the discarded message",
         )
     assert service.read(heard).state == db.RunState.SUCCEEDED

@@ -35,7 +35,7 @@ def test_t_c12_runs_end_through_a_network_that_delays_cuts_and_half_opens(
         )
         with workers.worker(far, "inference", tmp_path / "w.log", include=quick_tasks):
             posted = [service.post() for _ in range(5)]
-            workers.wait_for(lambda: service.have_ended(posted), what="before")
+            workers.wait_for(lambda: service.have_ended(posted), timeout_s=90, what="before")
 
             postgres.delay_s = broker.delay_s = 0.05
             for _ in range(6):

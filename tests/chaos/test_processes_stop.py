@@ -40,7 +40,7 @@ def test_t_c10_a_run_that_is_worked_on_stops_with_a_heartbeat(
     service = service_of(settings)
     with workers.worker(settings, "inference", tmp_path / "w.log", include=quick_tasks):
         run_id = service.post(seconds=60.0)
-        workers.wait_for(lambda: service.read(run_id).state == "running")
+        workers.wait_for(lambda: service.read(run_id).state == "running", timeout_s=90)
         with service.sessions() as session:
             runs.request_cancel(session, run_id)
             session.commit()
@@ -57,7 +57,7 @@ def test_t_c13_an_inference_worker_that_is_asked_to_stop_gives_its_run_back(
     service = service_of(settings)
     with workers.worker(settings, "inference", tmp_path / "w.log", include=quick_tasks) as process:
         run_id = service.post(seconds=60.0)
-        workers.wait_for(lambda: service.read(run_id).state == "running")
+        workers.wait_for(lambda: service.read(run_id).state == "running", timeout_s=90)
         os.kill(process.pid, signal.SIGTERM)
         process.wait(40)
 
@@ -102,7 +102,7 @@ def test_t_c13_uploads_end_or_can_be_sent_again_when_the_api_is_asked_to_stop(tm
         for thread in threads:
             thread.join()
         first = dict(answers)
-        api.start()
+        api.start(timeout_s=100.0)
         for thread in upload_all(api):
             thread.join()
         headers = {"Authorization": f"Bearer {api.token}"}
