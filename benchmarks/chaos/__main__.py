@@ -32,6 +32,7 @@ from service.storage import Store
 UNAVAILABLE = 69
 MEMORY = Path("/dev/shm")  # SIGKILL loses no file of a tmpfs, and fsync costs nothing
 FREEZE_LEASES = 1.5
+WAKING_S = 5.0
 
 
 def main() -> int:
@@ -76,6 +77,8 @@ def _run(stack: ChaosStack, args: argparse.Namespace) -> bool:
     limit_s = 2 * stack.settings.lease_s
     drain_s = _wait(sessions, _undrained(), since, since + limit_s + args.patience)
     _wait(sessions, Run.state.not_in(db.TERMINAL), since, since + limit_s + args.patience)
+    if args.freezes:  # whoever woke last may still write: that is what is looked for
+        time.sleep(stack.settings.lease_s + WAKING_S)
     with sessions() as session:
         found = verdict.judge(session, Store(stack.settings.data_dir), accepted)
     engine.dispose()

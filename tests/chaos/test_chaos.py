@@ -67,7 +67,7 @@ def test_t_c3_without_ringing_again_a_run_is_stuck():
     assert "interrupted at attempt 1" in said, said
 
 
-FREEZE = ("--uploads", "12", "--kills", "0", "--freezes", "2", "--trainings", "0", "--embedded")
+FREEZE = ("--uploads", "10", "--kills", "0", "--freezes", "2", "--trainings", "0", "--embedded")
 
 
 @pytest.mark.slow

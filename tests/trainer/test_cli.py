@@ -1,6 +1,7 @@
 """The trainer from a shell: exit statuses, events, a stop on request."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
