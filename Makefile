@@ -8,10 +8,10 @@ LABELS ?=
 PORT ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test up check format bench clean
+.PHONY: help install demo test chaos chaos-full up check format bench clean
 
 help: ## Print the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch first and pinned: an unpinned torch pulls gigabytes of CUDA libraries. Where the default
 # indexes hold no CPU wheel, point PIP_EXTRA_INDEX_URL at PyTorch's CPU index (README, "Install").
@@ -32,6 +32,14 @@ up: $(STAMP) ## Start the embedded stack until Ctrl-C
 
 test: $(STAMP) ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+chaos: $(STAMP) ## 60 uploads under 8 random kills of every process (part of `make test`)
+	$(BIN)/python -m benchmarks.chaos --uploads 60 --kills 8
+
+chaos-full: $(STAMP) ## 500 uploads under 50 kills, the embedded pair, every reliability test at length
+	$(BIN)/python -m benchmarks.chaos --uploads 100 --kills 10 --embedded
+	PCRL_CHAOS_FULL=1 $(BIN)/python -m pytest tests/chaos
+	$(BIN)/python -m benchmarks.chaos --uploads 500 --kills 50 --trainings 6 --timeout 3600
 
 check: $(STAMP) ## Format, lint, types and import contracts
 	$(BIN)/ruff format --check .

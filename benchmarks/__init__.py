@@ -7,6 +7,7 @@ bench_step       one pretraining step: plain or fused, eager or compiled
 bench_intake     a folder of DICOM slices to a volume, against SimpleITK and dicom2nifti
 bench_upload     a 2 GiB upload: the API's memory and the time, whole and in pieces
 real_api         the API as a process of its own, killed and measured
+chaos            the whole stack under random SIGKILL: what is lost, doubled, stuck (`make chaos`)
 hostile          bombs and other hostile files, made at once
 fuzz_intake      mutated files at the parsers: crashes, hangs, errors that are not ours
 gpu.sh           all of it on a machine with a GPU, torch and little else

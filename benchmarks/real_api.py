@@ -76,6 +76,11 @@ class RealApi:
             time.sleep(0.05)
         raise RuntimeError(f"the API did not start; see {self.settings.data_dir / 'api.log'}")
 
+    def wait(self, timeout_s: float) -> int:
+        """Its exit status, once it has ended."""
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         if self._process is not None:

@@ -20,7 +20,7 @@ from celery import Celery
 from kombu.exceptions import KombuError, OperationalError
 from redis.exceptions import RedisError
 
-from service import broker
+from service import broker, faults
 from service.settings import Settings, get_settings
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,10 @@ TASK_OF = {"inference": "service.infer", "train": "trainer.train"}
 MODULE_OF = {"inference": "service.tasks", "train": "trainer.tasks"}
 KEY_PREFIX = "pcrl:"
 WEEK_S = 7 * 86400
-MESSAGE_LIFE_S = 600
-"""A doorbell older than this wakes nobody; upkeep has rung again by then."""
+MESSAGE_LIFE_S = 86400
+"""A doorbell older than this wakes nobody; upkeep has rung again by then. It is the worker's clock
+that decides, against the sender's: with ten minutes, a worker whose clock is hours ahead took every
+message for stale and never woke."""
 
 
 POLL_S = 0.02
@@ -80,11 +82,13 @@ def ring(run_id: str, queue: str, *, settings: Settings | None = None) -> bool:
         Whether the broker took the message.
     """
     app = make_app(settings or get_settings())
+    faults.point("publish.before")
     try:
         app.send_task(TASK_OF[queue], [run_id], queue=queue, expires=MESSAGE_LIFE_S)
     except (OperationalError, KombuError, RedisError, OSError) as error:
         logger.warning("the broker did not take %s: %s", run_id, type(error).__name__)
         return False
+    faults.point("publish.after")
     return True
 
 

@@ -19,8 +19,10 @@ from sqlalchemy.orm import Session
 from service import db
 from service.errors import ServiceError
 
-ABANDONED_S = 120.0
-"""After so long without an answer, the first request's process is taken for dead."""
+ABANDONED_S = 10.0
+"""After so long without an answer, the first request's process is taken for dead. Short, because a
+caller whose request met a killed process waits for so long; safe, because one that was merely slow
+finds its claim replaced and commits nothing (`record`)."""
 
 
 class Answer(NamedTuple):

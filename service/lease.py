@@ -49,7 +49,7 @@ class Keeper:
     ) -> None:
         self.lease = lease
         self.cancel_requested = False
-        self.fenced = False
+        self._is_fenced = False
         self._sessions = sessions
         self._heartbeat_s = heartbeat_s
         self._kept_at = time.monotonic()
@@ -60,6 +60,11 @@ class Keeper:
     def is_preempted(self) -> bool:
         """Whether the worker shuts down (and the run should resume elsewhere)."""
         return is_shutting_down()
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the run was taken back, or must have been (a heartbeat that hangs)."""
+        return self._is_fenced or time.monotonic() - self._kept_at > 2 * self.lease.lease_s
 
     def should_stop(self) -> bool:
         """Whether the work must end now, for any reason."""
@@ -91,11 +96,11 @@ class Keeper:
             except SQLAlchemyError as error:  # the database is away: try again until the lease ends
                 logger.warning("no heartbeat for %s: %s", self.lease.run_id, type(error).__name__)
                 if time.monotonic() - self._kept_at > self.lease.lease_s:
-                    self.fenced = True
+                    self._is_fenced = True
                 continue
             self._kept_at = sent_at
             self.cancel_requested |= beat.cancel_requested
             if not beat.alive:
-                self.fenced = True
+                self._is_fenced = True
                 return
-            self.fenced = False
+            self._is_fenced = False

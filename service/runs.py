@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from service import embeddings, registry
+from service import embeddings, faults, registry
 from service import queue as turns
 from service.db import (
     CLAIMABLE,
@@ -58,6 +58,7 @@ from service.db import (
 )
 from service.embeddings import NewEmbedding
 from service.errors import ServiceError
+from service.patience import patiently
 from service.queue import ANYTHING, Able
 
 Outcome = Literal[
@@ -358,7 +359,9 @@ def claim(
         worker=worker,
         lease_s=lease_s,
     )
+    faults.point("claim.before_commit")
     session.commit()
+    faults.point("claim.after_commit")
     return lease
 
 
@@ -407,6 +410,7 @@ def started(session: Session, lease: Lease) -> None:
     if state is RunState.RUNNING:
         _state_event(session, lease.run_id, state, lease.attempt)
     session.commit()
+    faults.point("started.after_commit")
 
 
 def heartbeat(session: Session, lease: Lease) -> Beat:
@@ -418,6 +422,7 @@ def heartbeat(session: Session, lease: Lease) -> Beat:
         .returning(Run.cancel_requested_at),
         execution_options={"synchronize_session": False},
     ).one_or_none()
+    faults.point("heartbeat.before_commit")
     session.commit()
     return Beat(alive=row is not None, cancel_requested=row is not None and row[0] is not None)
 
@@ -443,7 +448,9 @@ def record(
     change: dict[str, Any] = {"progress": data} if type == "progress" else {"fence": Run.fence}
     _write(session, lease, **change)
     session.add(RunEvent(run_id=lease.run_id, type=type, data=data))
+    faults.point("record.before_commit")
     session.commit()
+    faults.point("record.after_commit")
 
 
 def finish(
@@ -480,6 +487,37 @@ def finish(
     """
     if state not in TERMINAL:
         raise ValueError(f"{state} is not an end")
+
+    def write() -> None:
+        _finish(
+            session,
+            lease,
+            state,
+            result=result,
+            error=error,
+            outcome=outcome,
+            exit_code=exit_code,
+            artifacts=artifacts,
+            register=register,
+            embedding=embedding,
+        )
+
+    patiently(session, write, for_s=lease.lease_s)
+
+
+def _finish(
+    session: Session,
+    lease: Lease,
+    state: RunState,
+    *,
+    result: dict[str, Any] | None,
+    error: dict[str, Any] | None,
+    outcome: Outcome,
+    exit_code: int | None,
+    artifacts: Sequence[NewArtifact],
+    register: NewVersion | None,
+    embedding: NewEmbedding | None,
+) -> None:
     try:
         if state is RunState.CANCELED:
             _write(session, lease, extra=Run.cancel_requested_at.is_not(None), **_end(state))
@@ -507,10 +545,12 @@ def finish(
             session, lease.run_id, lease.fence, outcome, exit_code=exit_code, detail=detail
         )
         _state_event(session, lease.run_id, state, lease.attempt, error)
+        faults.point("finish.before_commit")
         session.commit()
     except BaseException:
         session.rollback()
         raise
+    faults.point("finish.after_commit")
 
 
 def give_back(
@@ -533,6 +573,29 @@ def give_back(
     Raises:
         Fenced: The run is no longer ours.
     """
+    return patiently(
+        session,
+        lambda: _give_back(
+            session,
+            lease,
+            outcome,
+            exit_code=exit_code,
+            error=error,
+            max_attempts=max_attempts,
+        ),
+        for_s=lease.lease_s,
+    )
+
+
+def _give_back(
+    session: Session,
+    lease: Lease,
+    outcome: Outcome,
+    *,
+    exit_code: int | None,
+    error: dict[str, Any] | None,
+    max_attempts: int,
+) -> RunState:
     counts = outcome != "preempted"
     is_spent = counts and lease.attempt >= max_attempts
     after = RunState.FAILED if is_spent else RunState.INTERRUPTED
@@ -555,25 +618,32 @@ def give_back(
     _state_event(
         session, lease.run_id, state, lease.attempt, error if state is RunState.FAILED else None
     )
+    faults.point("give_back.before_commit")
     session.commit()
+    faults.point("give_back.after_commit")
     return state
 
 
 # Upkeep's side. Each commits, and is safe to run twice at once.
 
 
-def reap(session: Session, *, suspect_s: float = 15.0, max_attempts: int = 3) -> list[str]:
+def reap(
+    session: Session, *, suspect_s: float = 15.0, max_attempts: int = 3, lease_s: float = 30.0
+) -> list[str]:
     """Take back runs whose worker is gone, in two sweeps.
 
     A lease that has run out makes a run suspect; one that is still out `suspect_s` later loses
     it. A live worker's heartbeat in between clears the suspicion, so a jump of the clock alone
-    takes nothing away.
+    takes nothing away. A lease longer than any that is given (`lease_s`, twice) is out as well:
+    the clock was set back, and a dead worker's run would wait for it to come again.
 
     Returns:
         Ids of the runs that were taken back: interrupted, canceled if that was requested, failed
         with `worker_lost` after `max_attempts`.
     """
-    is_out = and_(Run.state.in_(HELD), Run.lease_until < db_now())
+    is_over = or_(Run.lease_until < db_now(), Run.lease_until > db_now(2 * lease_s))
+    is_out = and_(Run.state.in_(HELD), is_over)
+    is_confirmed = or_(Run.suspect_at < db_now(-suspect_s), Run.suspect_at > db_now(2 * lease_s))
     is_canceled = Run.cancel_requested_at.is_not(None)
     is_spent = Run.attempt >= max_attempts
     error = {
@@ -582,7 +652,7 @@ def reap(session: Session, *, suspect_s: float = 15.0, max_attempts: int = 3) ->
     }
     taken = session.scalars(
         update(Run)
-        .where(is_out, Run.suspect_at < db_now(-suspect_s))
+        .where(is_out, is_confirmed)
         .values(
             state=case(
                 (is_canceled, RunState.CANCELED),
@@ -608,7 +678,9 @@ def reap(session: Session, *, suspect_s: float = 15.0, max_attempts: int = 3) ->
         update(Run).where(is_out, Run.suspect_at.is_(None)).values(suspect_at=db_now()),
         execution_options={"synchronize_session": False},
     )
+    faults.point("reap.before_commit")
     session.commit()
+    faults.point("reap.after_commit")
     return [run.id for run in taken]
 
 
@@ -617,7 +689,10 @@ def due(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
 
     This makes the table the outbox: an accepted run is rung for until a worker takes it.
     """
-    is_due = and_(Run.state.in_(CLAIMABLE), Run.publish_after <= db_now())
+    is_time = or_(  # the second: the clock was set back
+        Run.publish_after <= db_now(), Run.publish_after > db_now(2 * LATE_REMINDER_S)
+    )
+    is_due = and_(Run.state.in_(CLAIMABLE), is_time)
     picked = (
         select(Run.id)
         .where(is_due)
@@ -637,8 +712,21 @@ def due(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
         .returning(Run.id, Run.queue),
         execution_options={"synchronize_session": False},
     ).all()
+    faults.point("due.before_commit")
     session.commit()
+    faults.point("due.after_commit")
     return [(run_id, queue) for run_id, queue in rows]
+
+
+def not_rung(session: Session, run_ids: Sequence[str]) -> None:
+    """The broker did not take their messages: try again soon, not at the next reminder."""
+    session.execute(
+        update(Run)
+        .where(Run.id.in_(run_ids), Run.state.in_(CLAIMABLE))
+        .values(publish_after=db_now(FIRST_REMINDER_S)),
+        execution_options={"synchronize_session": False},
+    )
+    session.commit()
 
 
 def _is_ours(lease: Lease, states: frozenset[RunState] = HELD) -> Any:

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from models import bundle
+from service import faults
 from service.errors import ServiceError
 
 HOUR_S = 3600.0
@@ -76,6 +77,7 @@ class Receiver:
         """Flush to the disk (fsync) and return the SHA-256."""
         if not self._file.closed:
             self._file.flush()
+            faults.point("blob.before_sync")
             os.fsync(self._file.fileno())  # never retried: after EIO the pages may be lost
             self._file.close()
         return self._hash.hexdigest()
@@ -239,6 +241,7 @@ class Store:
         """
         target = self.path_of(sha256)
         target.parent.mkdir(exist_ok=True)
+        faults.point("blob.before_link")
         try:
             os.link(path, target)
         except FileExistsError:
@@ -309,7 +312,9 @@ class Store:
             bundle.load(draft)
             for path in [*draft.iterdir(), draft]:
                 fsync(path)
+            faults.point("bundle.before_rename")
             draft.rename(target)
+            faults.point("bundle.after_rename")
         except OSError:
             if not target.exists():  # another worker published the same bundle: fine
                 raise
@@ -364,9 +369,12 @@ class Store:
     def _publish(self, draft: Path, target: Path) -> None:
         if not target.exists() or bundle.sha256_of(target) != target.name:
             target.parent.mkdir(exist_ok=True)
+            faults.point("blob.before_rename")
             draft.rename(target)
+            faults.point("blob.after_rename")
             fsync(target.parent)
             fsync(self.blobs)
+            faults.point("blob.after_sync")
         else:
             os.utime(target)  # counts as fresh for the sweep
             draft.unlink(missing_ok=True)

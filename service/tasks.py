@@ -7,6 +7,7 @@ is proven before anyone gets it: written, read back by another reader, compared 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -29,6 +30,7 @@ from models.session import OnnxSession
 from service import (
     checking,
     entropy_map,
+    faults,
     importing,
     resident,
     results,
@@ -42,6 +44,7 @@ from service.db import Volume as VolumeRow
 from service.embeddings import NewEmbedding
 from service.entropy_map import StoredMap
 from service.lease import Keeper
+from service.patience import AWAY
 from service.resident import Held
 from service.results import INTENDED_USE
 from service.runs import Lease, NewArtifact
@@ -55,6 +58,7 @@ PROGRESS_EVERY_S = 1.0
 @shared_task(name="service.infer", ignore_result=True)  # type: ignore[untyped-decorator]  # Celery
 def infer(run_id: str) -> None:
     """Work until the inference queue is empty; the id is a doorbell and no more."""
+    faults.point("woken.after_ack")
     logger.debug("woken for %s", run_id)
     work_through(this_worker("inference"), run, together=RunKind.EMBED)
 
@@ -257,7 +261,7 @@ def _progress(worker: Worker, lease: Lease) -> Callable[[int, int], None]:
             "fraction": step / max(total, 1),
             "eta_s": (now - began) / step * (total - step) if step else None,
         }
-        with worker.sessions() as session:
+        with contextlib.suppress(*AWAY), worker.sessions() as session:  # the next one tells more
             runs.record(session, lease, "progress", data)
 
     return tell

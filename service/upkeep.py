@@ -54,13 +54,18 @@ def dispatch(sessions: sessionmaker[Session], settings: Settings) -> int:
     """Take back lost runs, then ring for every run that waits; returns how many were rung for."""
     with sessions() as session:
         for run_id in runs.reap(
-            session, suspect_s=settings.suspect_s, max_attempts=settings.max_attempts
+            session,
+            suspect_s=settings.suspect_s,
+            max_attempts=settings.max_attempts,
+            lease_s=settings.lease_s,
         ):
             logger.warning("took run %s back: its worker is gone", run_id)
         waiting = runs.due(session)
-    for run_id, queue in waiting:
+    for number, (run_id, queue) in enumerate(waiting):
         if not celery_app.ring(run_id, queue, settings=settings):
-            break  # the broker is down: the rest would wait for its time-out too
+            with sessions() as session:  # the rest would wait for the broker's time-out too
+                runs.not_rung(session, [run_id for run_id, _ in waiting[number:]])
+            break
     return len(waiting)
 
 

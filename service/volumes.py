@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from imaging import sandbox
 from imaging.identity import DEFAULT, Policy
 from imaging.sandbox import IntakeReport
+from service import faults
 from service.auth import site_pseudonyms
 from service.db import (
     Artifact,
@@ -242,6 +243,7 @@ def _insert(
         return there, False
     session.add(volume)
     session.flush()
+    faults.point("volume.before_commit")
     return volume, True
 
 

@@ -7,6 +7,7 @@ raises the shared flag of `service.lease`; the run at hand then gives itself bac
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -33,6 +34,7 @@ from service.db import sessions as sessions_of
 from service.device import Device, look
 from service.errors import ServiceError
 from service.lease import Keeper
+from service.patience import AWAY
 from service.queue import ANYTHING, Able
 from service.runs import Fenced, Lease
 from service.settings import Settings, get_settings
@@ -155,11 +157,31 @@ def _work_on(worker: Worker, claimed: Lease, work: Work) -> None:
         fail(worker, claimed, error.code, error.detail)
     except BlobCorrupt as error:
         fail(worker, claimed, error.code, str(error))
+    except AWAY as error:  # neither the run's fault nor its end
+        log_place(claimed.run_id, error)
+        hand_back(worker, claimed, "lost", "worker_lost", "the worker lost the database")
     except MemoryError:
         fail(worker, claimed, "host_out_of_memory", "the worker ran out of memory", outcome="oom")
     except Exception as error:  # noqa: BLE001  # the one place where nothing may pass
         log_place(claimed.run_id, error)
-        fail(worker, claimed, "internal_error", INTERNAL_DETAIL)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hand_back(worker, claimed, "error", "disk_full", "no room was left for the result")
+        else:
+            fail(worker, claimed, "internal_error", INTERNAL_DETAIL)
+
+
+def hand_back(
+    worker: Worker, claimed: Lease, outcome: runs.Outcome, code: str, detail: str
+) -> None:
+    """Give a run back for another attempt; after `max_attempts` it fails with this code."""
+    error = {"code": code, "detail": detail}
+    try:
+        with worker.sessions() as session:
+            runs.give_back(
+                session, claimed, outcome, error=error, max_attempts=worker.settings.max_attempts
+            )
+    except (Fenced, SQLAlchemyError) as failure:  # the reaper will see to it
+        logger.warning("run %s not given back: %s", claimed.run_id, type(failure).__name__)
 
 
 def fail(

@@ -76,11 +76,12 @@ def die_with_parent() -> None:
     """Let Linux kill this process when its supervisor dies, so that no orphan holds the GPU.
 
     Only for supervised runs (`--events jsonl`) and ranks of a run: a human's `nohup` must survive
-    the shell.
+    the shell. A supervisor that was killed while this process still read its imports is found by
+    the process id that it left in the environment.
     """
+    parent = int(os.environ.pop(launch.SUPERVISOR, os.getppid()))  # ranks must not inherit it
     if sys.platform != "linux":
         return
-    parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

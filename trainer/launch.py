@@ -26,6 +26,8 @@ from trainer.errors import DataError
 
 RENDEZVOUS = "TRAINER_RENDEZVOUS"
 """Environment variable with the address at which the ranks meet; torchrun has its own."""
+SUPERVISOR = "TRAINER_SUPERVISOR_PID"
+"""Environment variable with the process id of whoever started the training and must outlive it."""
 POLL_S = 0.1
 GRACE_S = 10.0
 """How long the others may go on when one has failed."""

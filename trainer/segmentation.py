@@ -50,7 +50,7 @@ class Segmentation:
     def __init__(self, recipe: FinetuneRecipe, setting: Setting) -> None:
         store = VolumeCache(setting.cache)
         self._recipe, self._network = recipe, setting.network
-        self._device = setting.device
+        self._device, self._report = setting.device, setting.report
         self._members = region_members(recipe)
         weights = [1.0, *(recipe.class_weights.get(name, 1.0) for name in recipe.labels)]
         self._class_weights = torch.tensor(weights, device=setting.device)  # background first
@@ -111,7 +111,10 @@ class Segmentation:
             then over the others.
         """
         self._network.eval()
-        judged = [self._dice(case) for case in self._cases[split]]
+        cases, judged = self._cases[split], []
+        for done, case in enumerate(cases, start=1):
+            judged.append(self._dice(case))
+            self._report.progress("judge", done, len(cases))  # or it would look stalled
         by_case = [scores for scores, _ in judged]
         self._network.train()
         if split == self.judged_on and self._recipe.labels:

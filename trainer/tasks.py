@@ -7,7 +7,8 @@ whatever it died of; and a run goes on from its last checkpoint because its work
     0                       succeeded, the bundle registered in the same transaction
     75, or worker shutdown  interrupted, does not count as an attempt
     64, 76-79, 1            failed, with the code of what happened
-    a signal, or no news    interrupted, counts; failed after `max_attempts`
+    a signal, no step any more (`trainer.stall`), a full disk
+                            interrupted, counts; failed after `max_attempts`
 """
 
 from __future__ import annotations
@@ -17,36 +18,30 @@ import json
 import logging
 import math
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from celery import shared_task
-from sqlalchemy.exc import OperationalError
 
 from models import bundle
-from service import datasets, runs, volumes
+from service import datasets, faults, runs, volumes
 from service.db import RunKind, RunState
 from service.lease import Keeper
 from service.runs import Lease, NewVersion
 from service.worker import Worker, this_worker, work_through
-from trainer import errors
+from trainer import errors, launch
+from trainer import news as news_file
+from trainer.news import MAX_MESSAGE, UNEXPECTED, Follower, News
+from trainer.stall import StallWatch
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_EVERY_S = 1.0
 POLL_S = 0.2
-MAX_PENDING = 10_000
-UNEXPECTED = "failed"
-"""The child's code for an exception nobody foresaw; its text may hold values, so it is not told."""
-MAX_MESSAGE = 2000
 CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 CODES: dict[int, tuple[str, str, runs.Outcome]] = {
@@ -67,6 +62,7 @@ CODES: dict[int, tuple[str, str, runs.Outcome]] = {
 @shared_task(name="trainer.train", ignore_result=True)  # type: ignore[untyped-decorator]  # Celery
 def train(run_id: str) -> None:
     """Work until the training queue is empty; the id is a doorbell and no more."""
+    faults.point("train.woken")
     logger.debug("woken for %s", run_id)
     work_through(this_worker("train"), run)
 
@@ -78,8 +74,8 @@ def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
     with worker.sessions() as session:
         runs.started(session, lease)
     oom_kills = _oom_kills()
-    with _child(command, folder) as child:
-        news = _supervise(worker, lease, keeper, child)
+    with _child(command, folder, lease) as child:
+        news = _supervise(worker, lease, keeper, child, folder)
     status = child.returncode
     logger.info("training of %s ended with status %s", lease.run_id, status)
     if keeper.fenced:
@@ -146,19 +142,22 @@ def _scans(worker: Worker, dataset_id: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _child(command: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _child(command: list[str], folder: Path, lease: Lease) -> Iterator[subprocess.Popen[bytes]]:
     """The training process in a group of its own; killed if we leave before it ended.
 
     It sees none of our settings (they hold the database's password), and asks the kernel itself
-    to die with us (PR_SET_PDEATHSIG).
+    to die with us (PR_SET_PDEATHSIG). What it says goes to a file of the attempt, so that it is not
+    lost with us.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith("PCRL_")}
-    with (folder / "stderr.log").open("ab") as stderr:
+    env[launch.SUPERVISOR] = str(os.getpid())
+    says = news_file.path_of(folder, lease)
+    with (folder / "stderr.log").open("ab") as stderr, says.open("ab") as stdout:
         child = subprocess.Popen(  # noqa: S603  # our own command
             command,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
             process_group=0,
         )
@@ -167,113 +166,50 @@ def _child(command: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]
     finally:
         _signal(child, signal.SIGKILL)
         child.wait()
-        assert child.stdout is not None
-        child.stdout.close()
-
-
-class _News:
-    """What the child says, on its way into the database: in order, progress throttled."""
-
-    def __init__(self, worker: Worker, lease: Lease) -> None:
-        self.result: dict[str, Any] | None = None
-        self.error: dict[str, Any] | None = None
-        self.metrics: dict[str, float] = {}
-        self._worker = worker
-        self._lease = lease
-        self._pending: deque[tuple[Any, dict[str, Any]]] = deque(maxlen=MAX_PENDING)
-        self._progress: dict[str, Any] | None = None
-        self._progress_at = 0.0
-
-    def take(self, line: bytes) -> None:
-        """Read one line; what is not an event of ours (a library's print) is dropped."""
-        try:
-            event = json.loads(line)
-            kind = event.pop("event")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return
-        if kind == "progress":
-            self._progress = _finite(event)
-        elif kind == "metric":
-            event["values"] = _finite(event.get("values", {}))
-            self.metrics.update(event["values"])
-            self._pending.append(("metric", event))
-        elif kind == "log":
-            event["message"] = str(event.get("message", ""))[:MAX_MESSAGE]
-            self._pending.append(("log", event))
-        elif kind == "result":
-            self.result = event
-        elif kind == "error" and (self.error is None or self.error.get("code") == UNEXPECTED):
-            self.error = event  # of several ranks the one that others failed of comes first
-
-    def flush(self, *, everything: bool = False) -> None:
-        """Write what is due; a database that is away keeps it for the next time.
-
-        Raises:
-            Fenced: The run is no longer ours.
-        """
-        now = time.monotonic()
-        is_due = everything or now - self._progress_at >= PROGRESS_EVERY_S
-        try:
-            while self._pending:
-                self._record(*self._pending[0])
-                self._pending.popleft()
-            if self._progress is not None and is_due:
-                self._record("progress", self._progress)
-                self._progress, self._progress_at = None, now
-        except OperationalError as error:
-            logger.warning("events of %s wait: %s", self._lease.run_id, type(error).__name__)
-
-    def _record(self, kind: Any, data: dict[str, Any]) -> None:
-        with self._worker.sessions() as session:
-            runs.record(session, self._lease, kind, data)
 
 
 def _supervise(
-    worker: Worker, lease: Lease, keeper: Keeper, child: subprocess.Popen[bytes]
-) -> _News:
+    worker: Worker,
+    lease: Lease,
+    keeper: Keeper,
+    child: subprocess.Popen[bytes],
+    folder: Path,
+) -> News:
     """Pass events on until the child has ended; pass on what it should know by signals."""
-    assert child.stdout is not None
-    news = _News(worker, lease)
-    lines: queue.Queue[bytes | None] = queue.Queue(maxsize=1000)
-    threading.Thread(target=_read, args=(child.stdout, lines), daemon=True).start()
+    news = News(worker.sessions, lease)
+    news.replay(folder)
+    watch = StallWatch(worker.settings.stall_s, time.monotonic())
     kill_at = math.inf
-    heard_at = time.monotonic()
-    is_open = True
-    while is_open or child.poll() is None:
-        line: bytes | None = b""
-        with contextlib.suppress(queue.Empty):
-            line = lines.get(timeout=POLL_S)
-        if line is None:
-            is_open = False
-        elif line:
-            heard_at = time.monotonic()
-            news.take(line)
-        news.flush()
-        now = time.monotonic()
-        if keeper.fenced or now > kill_at:
-            _signal(child, signal.SIGKILL)
-        elif keeper.should_stop() and kill_at == math.inf:
-            kill_at = now + worker.settings.stop_grace_s
-            _signal(child, signal.SIGTERM)
-        elif now - heard_at > worker.settings.stall_s:
-            news.error = {"code": "stalled", "detail": "the training reported nothing any more"}
-            _signal(child, signal.SIGKILL)
-        if child.poll() is not None:
-            _signal(child, signal.SIGKILL)  # what it left behind would hold the pipe open
-        elif not is_open:
-            time.sleep(POLL_S)
-    news.flush(everything=True)
+    with news_file.path_of(folder, lease).open("rb") as file:
+        follower = Follower(file)
+        is_over = False
+        while not is_over:
+            is_over = child.poll() is not None  # before reading: then nothing comes after
+            if is_over:
+                _signal(child, signal.SIGKILL)  # what it left behind in its group
+            for line in follower.lines():
+                news.take(line)
+            news.flush()
+            now = time.monotonic()
+            if news.step is not None:
+                watch.heard(*news.step, now)
+            if keeper.fenced or now > kill_at:
+                _signal(child, signal.SIGKILL)
+            elif keeper.should_stop() and kill_at == math.inf:
+                kill_at = now + worker.settings.stop_grace_s
+                _signal(child, signal.SIGTERM)
+            elif watch.is_stalled(now) and not is_over:
+                news.error = {"code": "stalled", "detail": "the training took no step any more"}
+                _signal(child, signal.SIGKILL)
+            if not is_over:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(POLL_S)
+    if not keeper.fenced:
+        news.settle(lease.lease_s)
     return news
 
 
-def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
-    with contextlib.suppress(ValueError):  # closed under us: the child was killed
-        for line in stream:
-            lines.put(line)
-    lines.put(None)
-
-
-def _succeed(worker: Worker, lease: Lease, folder: Path, news: _News) -> None:
+def _succeed(worker: Worker, lease: Lease, folder: Path, news: News) -> None:
     digest = worker.store.publish_bundle(folder)
     manifest = bundle.load(worker.store.bundle_dir(digest))
     new = NewVersion(
@@ -299,12 +235,12 @@ def _succeed(worker: Worker, lease: Lease, folder: Path, news: _News) -> None:
         )
 
 
-def _end_badly(worker: Worker, lease: Lease, news: _News, status: int, *, is_oom: bool) -> None:
+def _end_badly(worker: Worker, lease: Lease, news: News, status: int, *, is_oom: bool) -> None:
     """The child failed or was killed: end the run, or give it back for another attempt."""
     code, detail, outcome = cause_of(status, news.error, is_oom=is_oom)
     error = {"code": code, "detail": detail}
     with worker.sessions() as session:
-        if outcome in ("crash", "stalled"):
+        if outcome in ("crash", "stalled") or code == "disk_full":  # may pass by itself
             runs.give_back(
                 session,
                 lease,
@@ -358,12 +294,3 @@ def _oom_kills() -> int:
             if name == "oom_kill":
                 return int(value)
     return 0
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Without NaN and infinity, which JSON does not know."""
-    return {
-        name: value
-        for name, value in values.items()
-        if not isinstance(value, float) or math.isfinite(value)
-    }

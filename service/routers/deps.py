@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
-from service import idempotency
+from service import faults, idempotency
 from service.auth import Principal, Role, principal, site_pseudonyms
 from service.idempotency import Answer
 from service.routers.strict import StrictRoute
@@ -90,13 +90,16 @@ class Once:
             if isinstance(claim, Answer):
                 return claim, False
             try:
+                faults.point("create.after_key")
                 answer = work(session)
                 idempotency.record(session, claim, answer)
+                faults.point("create.before_commit")
                 session.commit()
             except BaseException:
                 session.rollback()
                 idempotency.abandon(session, claim)
                 raise
+            faults.point("create.after_commit")
             return answer, True
 
 

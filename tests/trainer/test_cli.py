@@ -1,6 +1,7 @@
 """The trainer from a shell: exit statuses, events, a stop on request."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -114,3 +115,19 @@ def make_errors() -> list[tuple[Exception, int, str]]:
 @pytest.mark.parametrize(("error", "status", "code"), make_errors())
 def test_every_end_has_its_exit_status(error: Exception, status: int, code: str) -> None:
     assert classify(error)[:2] == (status, code)
+
+
+def test_a_training_whose_supervisor_died_during_its_imports_ends_at_once(tmp_path):
+    command = [sys.executable, "-m", "trainer", "pretrain", str(tmp_path / "absent.json")]
+    command += ["--scans", str(tmp_path), "--out", str(tmp_path / "out"), "--events", "jsonl"]
+    statuses = [
+        subprocess.run(
+            command,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "TRAINER_SUPERVISOR_PID": str(pid)},
+            stdout=subprocess.DEVNULL,
+        ).returncode
+        for pid in (2**22 + 1, os.getpid())  # nobody; and the control, who is there
+    ]
+
+    assert statuses == [-9, errors.BAD_INPUT]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer import errors, tasks
+from trainer.news import News
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_the_text_of_an_unforeseen_exception_is_not_told():
 
 
 def test_what_is_not_an_event_is_dropped_and_nan_does_not_pass():
-    news = tasks._News(None, None)
+    news = News(None, None)
 
     for line in (b"hello", b"[1]", b"{}", b'"text"', b"\xff\n", b'{"event": "unknown"}'):
         news.take(line)
@@ -68,7 +69,7 @@ def test_the_supervisor_never_imports_torch():
 
 
 def test_of_several_ranks_the_first_error_that_says_something_is_kept():
-    news = tasks._News(None, None)
+    news = News(None, None)
 
     for code in ("failed", "gpu_out_of_memory", "host_out_of_memory", "failed"):
         news.take(b'{"event": "error", "code": "%s", "detail": "x"}' % code.encode())
