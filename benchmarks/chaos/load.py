@@ -52,7 +52,7 @@ class Accepted:
     """Answers that no client should get."""
     last_at: float = 0.0
     gate: float = float("inf")
-    """Scans from this number on are not sent yet: a worker to freeze must have something to hold."""
+    """Scans from this number on are held back: a worker to freeze must have something to hold."""
 
 
 def scan_of(number: int) -> NDArray[np.int16]:
