@@ -64,6 +64,8 @@ def _run(stack: ChaosStack, args: argparse.Namespace) -> bool:
     load.register_model(stack.settings, stack.folder)
     accepted, killer = load.Accepted(), Killer(stack, args.seed, only=args.only)
     until = began + args.timeout
+    if args.freezes:
+        accepted.gate = args.uploads / (args.freezes + 1)
     threads = load.send_all(
         stack.url, token, accepted,
         uploads=args.uploads, clients=args.clients, trainings=args.trainings, until=until,
@@ -133,9 +135,11 @@ def _strike(
             seconds = FREEZE_LEASES * args.lease + 2.0
             hit = killer.freeze(seconds, should_end=lambda: time.monotonic() > until)
             given += hit
+            accepted.gate = args.uploads * (given + 1) / (args.freezes + 1)
             what = "froze a worker" if hit else "missed"
         print(f"{len(accepted.segmentations)} accepted: {what}", flush=True)
         time.sleep(killer.random.uniform(0.0, 0.3))
+    accepted.gate = float("inf")
 
 
 def _undrained() -> ColumnElement[bool]:

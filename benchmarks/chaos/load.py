@@ -51,6 +51,8 @@ class Accepted:
     faults: list[str] = field(default_factory=list)
     """Answers that no client should get."""
     last_at: float = 0.0
+    gate: float = float("inf")
+    """Scans from this number on are held back: a worker to freeze must have something to hold."""
 
 
 def scan_of(number: int) -> NDArray[np.int16]:
@@ -204,6 +206,8 @@ def send_all(
                 number = next(numbers, None)
             if number is None:
                 return
+            while number >= accepted.gate and time.monotonic() < until:
+                time.sleep(0.05)
             try:
                 sent.append(client.upload(number))
                 accepted.segmentations[number] = client.segment(number, sent[-1])
