@@ -3,9 +3,10 @@
     python -m models.incoming --out=FOLDER --confine=PID -- FILE
 
 The file is a zip or an uncompressed tar of one bundle. Names in it only tell the parts apart:
-`model.onnx`, `manifest.json`, and perhaps `card.md` and `weights.safetensors`, in one folder or in
-none. A bundle of ours keeps every byte, and so its digest. A bare `model.onnx` with a manifest
-whose `files` are empty is completed: digests, and a card that says where it came from.
+`model.onnx`, `manifest.json`, and perhaps `card.md`, `weights.safetensors` and the networks of
+another precision or pass (`models.bundle`), in one folder or in none. A bundle of ours keeps every
+byte, and so its digest. A bare `model.onnx` with a manifest whose `files` are empty is completed:
+digests, and a card that says where it came from.
 
 The child gives up network, other programs and files (`imaging.confine`) before it reads a byte; it
 refuses pickles (whatever is not safetensors), external data, operators beyond ONNX's own, loops;
@@ -26,7 +27,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -37,11 +38,13 @@ from imaging.errors import ScanError
 from models import bundle
 from models.bundle import BundleError, Manifest
 from models.onnx_wire import has_external_data, refused_operators
-from models.session import open_session
+from models.session import Precision, open_session
 
 _ROOT = Path(__file__).resolve().parents[1]
 MAX_BYTES = {
     bundle.MODEL: (2 << 30) - 1,  # protobuf's own limit
+    bundle.MODEL_FLOAT16: (2 << 30) - 1,
+    bundle.COARSE: (2 << 30) - 1,
     bundle.WEIGHTS: 4 << 30,
     bundle.MANIFEST: 1 << 20,
     bundle.CARD: 1 << 20,
@@ -185,11 +188,33 @@ def prove(folder: Path) -> None:
         raise BundleError("import_refused", f"{', '.join(sorted(extra))}: not in the manifest")
     if set(manifest.files) - set(MAX_BYTES):
         raise BundleError("import_refused", "the manifest names files that a bundle does not have")
-    _check_operators(folder / bundle.MODEL)
+    for name in (bundle.MODEL, bundle.MODEL_FLOAT16, bundle.COARSE):
+        if (folder / name).exists():
+            _check_operators(folder / name)
     if (folder / bundle.WEIGHTS).exists():
         _check_safetensors(folder / bundle.WEIGHTS)
-    session = open_session(folder, device="cpu", num_threads=1, run_limit_s=CPU_S / 2)
-    shape = (1, len(manifest.channels), *manifest.patch_size)
+    _run_once(folder)
+    if bundle.MODEL_FLOAT16 in manifest.files:
+        _run_once(folder, precision="float16")
+    if bundle.COARSE in manifest.files:
+        _run_once(folder, part="coarse")
+
+
+def _run_once(
+    folder: Path,
+    *,
+    precision: Precision = "float32",
+    part: Literal["model", "coarse"] = "model",
+) -> None:
+    session = open_session(
+        folder,
+        device="cpu",
+        num_threads=1,
+        run_limit_s=CPU_S / 2,
+        precision=precision,
+        part=part,
+    )
+    shape = (1, len(session.manifest.channels), *session.manifest.patch_size)
     try:
         session.run(np.zeros(shape, dtype=np.float32))
     except ValueError:

@@ -194,8 +194,9 @@ def fill(
                 resampler.add(slab)
             if watch is not None:
                 with clock.stage("uncertainty"):
-                    fresh = slab.logits[:, :, num_watched - part.source.start :]
-                    watch(fresh, num_watched, slab.first)
+                    begin = max(num_watched, part.source.start)  # a first block may begin later
+                    fresh = slab.logits[:, :, begin - part.source.start :]
+                    watch(fresh, begin, slab.first)
         num_watched = part.source.stop
 
 

@@ -155,7 +155,11 @@ def facts_of(connection: Connection) -> Facts:
         table.name: int(connection.scalar(select(func.count()).select_from(table)) or 0)
         for table in tables
     }
-    removed = select(Volume.original_sha256).where(Volume.original_removed_at.is_not(None))
+    # Sent again for another subject, a file that was removed is there: only that row needs it.
+    needed = select(Volume.original_sha256).where(Volume.original_removed_at.is_(None))
+    removed = select(Volume.original_sha256).where(
+        Volume.original_removed_at.is_not(None), Volume.original_sha256.not_in(needed)
+    )
     found = connection.execute(
         select(Blob.sha256, Blob.size_bytes).where(Blob.sha256.not_in(removed))
     ).all()

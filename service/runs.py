@@ -336,10 +336,10 @@ def claim(
     Returns:
         The run, now starting; None if nothing waits that this worker may take.
     """
-    for best in (
-        turns.turn(queue, able=able, max_running=max_running),
-        turns.any_turn(queue, able=able, max_running=max_running),
-    ):
+    choices = [turns.turn(queue, able=able, max_running=max_running)]
+    if only is None:  # the fallback knows no fair share: it would pass a better run of another kind
+        choices.append(turns.any_turn(queue, able=able, max_running=max_running))
+    for best in choices:
         run = _claimed(session, best, queue, worker, lease_s=lease_s, only=only)
         if run is not None:
             break

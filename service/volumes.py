@@ -190,8 +190,12 @@ def delete(session: Session, store: Store, volume_id: str) -> None:
 
 
 def sweep_blobs(session: Session, store: Store, *, older_than_s: float = 24 * 3600.0) -> int:
-    """Remove old stored files that no row refers to; returns how many. Commits."""
-    referenced = set(session.scalars(select(Blob.sha256)))
+    """Remove old stored files that no volume and no run refers to; returns how many. Commits.
+
+    A file's own row does not keep it: who was killed before `discard` has left both.
+    """
+    needed_by = (Volume.original_sha256, Volume.voxels_sha256, Artifact.sha256)
+    referenced = {sha256 for column in needed_by for sha256 in session.scalars(select(column))}
     session.commit()
     orphans = store.unreferenced(referenced, older_than_s=older_than_s)
     discard(session, store, *orphans)

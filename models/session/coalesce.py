@@ -85,7 +85,7 @@ class Coalescer:
             try:
                 batch = np.concatenate([job.batch for job in jobs])
                 answers = self._once(batch, any(job.release_memory for job in jobs))
-            except BundleError:  # one may spoil it for the others: each gets its own answer
+            except (BundleError, MemoryError):  # one may spoil it: each gets its own answer
                 pass
             else:
                 first = 0

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from service import batches, celery_app, db, registry, schemas
+from service import batches, celery_app, db, quota, registry, schemas
 from service.errors import ServiceError
 from service.idempotency import Answer
 from service.pagination import (
@@ -57,6 +57,7 @@ async def create_batch(
     """Queue a run for each scan, behind single requests. The reference is resolved now."""
 
     def work(session: Session) -> Answer:
+        quota.check_runs(session, caller.id, settings)
         version = registry.resolve(session, ask.model)
         require_kind(version, MODEL_KIND[ask.kind])
         inference.require_volumes(version)

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from imaging.resample import argmax_on_grid, resampled_grid
 from imaging.volume import Grid, Volume
 from models import box, bundle, compose
+from models.blend import Counter, blocks
 from models.box import Box
-from models.bundle import BundleError, Quality
+from models.bundle import BundleError, Quality, volume_input
 from models.cascade import box_of_organ, segment_case
-from models.predict import Stopped, segment
-from models.preprocess import prepare
+from models.predict import Clock, Stopped, fill, segment
+from models.preprocess import preparation, prepare
 from models.recipe import FinetuneRecipe, LabelCrop, Postprocess, Preprocessing, Window
 from models.session import open_session
 from models.tiling import gaussian_weights, window_starts
@@ -340,6 +341,29 @@ def test_the_entropy_map_lies_on_the_scan_and_is_empty_outside_of_the_box(cascad
     expected = -(p * np.log(p) + (1 - p) * np.log(1 - p)) / np.log(2)
     assert boxed.uncertainty.mean_foreground_entropy == pytest.approx(expected, abs=2e-3)
     assert boxed.entropy_map[inside].mean() == pytest.approx(255 * expected, abs=2)
+
+
+def test_every_column_that_thick_slices_look_at_is_shown_to_the_meter(make_bundle, thresholds):
+    """A box may begin before the first column that a thick target looks at."""
+    session = open_session(make_bundle(thresholds()), num_threads=1)
+    volume, _ = scan(shape=(24, 12, 16), spacing=(1.0, 7.0, 1.0), organ=(12, 4, 8))
+    grid = resampled_grid(volume.grid, (1.0, 1.0, 1.0))
+    part = Box((0, 11, 0), (24, 51, 16))
+    seen = box.centres_within(part, grid, volume.grid)
+    target = box.grid_of(volume.grid, seen)
+    spec, _ = volume_input(session.manifest)
+    source = preparation(volume, spec, part)
+    (block,) = blocks(source.grid, target, 1)
+    assert block.source.start > 0  # the control: without it nothing is tried
+    shown = []
+
+    fill(
+        session, source, target, np.zeros(target.shape, np.uint8), counter=Counter(),
+        clock=Clock(), watch=lambda logits, column, _: shown.append((column, logits.shape[2])),
+    )  # fmt: skip
+
+    width = block.source.stop - block.source.start
+    assert set(shown) == {(block.source.start, width)}
 
 
 def test_a_composed_bundle_is_whole_and_says_what_it_is(make_bundle, thresholds, tmp_path):

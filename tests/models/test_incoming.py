@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from models import bundle, incoming
-from models.bundle import BundleError
+from models import bundle, compose, incoming
+from models.bundle import BundleError, Parity
 from models.onnx_wire import refused_operators
 
 
@@ -45,6 +45,45 @@ def test_a_bundle_of_ours_keeps_its_digest(make_bundle, thresholds, tmp_path, ou
 
     assert bundle.digest_of(found) == bundle.digest_of(folder)
     assert bundle.load(found).kind == "segmenter"
+
+
+def test_a_cascade_with_its_second_network_is_let_in(make_bundle, thresholds, tmp_path, out):
+    fine, coarse, folder = make_bundle(thresholds()), make_bundle(thresholds()), tmp_path / "two"
+    compose.compose(folder, fine, coarse, organ="organ")
+
+    found = incoming.open_in_child(zip_of(folder, tmp_path / "a.zip"), out)
+
+    assert bundle.digest_of(found) == bundle.digest_of(folder)
+    assert bundle.COARSE in bundle.load(found).files
+
+
+def test_a_float16_network_is_let_in_with_its_record_and_not_without(
+    make_bundle, thresholds, tmp_path, out
+):
+    folder = make_bundle(thresholds())
+    manifest = bundle.load(folder)
+    record = Parity(
+        input_kind="random",
+        shape=(1, 1, 16, 16, 8),
+        provider="CPUExecutionProvider",
+        max_abs_difference=0.0,
+        tolerance=0.1,
+        precision="float16",
+        passed=True,
+    )
+    made = {}
+    for name, parity in (("with", (record,)), ("without", ())):
+        files = dict.fromkeys((bundle.MODEL, bundle.MODEL_FLOAT16), folder / bundle.MODEL)
+        made[name] = tmp_path / name
+        bundle.save(made[name], manifest.model_copy(update={"parity": parity}), files, "# A card")
+    (out / "other").mkdir()
+
+    found = incoming.open_in_child(zip_of(made["with"], tmp_path / "a.zip"), out)
+    with pytest.raises(BundleError) as refused:
+        incoming.open_in_child(zip_of(made["without"], tmp_path / "b.zip"), out / "other")
+
+    assert bundle.digest_of(found) == bundle.digest_of(made["with"])
+    assert refused.value.code == "precision_unavailable"
 
 
 def test_a_bare_model_in_a_tar_is_completed_with_digests_and_a_card(

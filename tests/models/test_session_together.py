@@ -22,6 +22,8 @@ class Slow:
             assert self.go_on.wait(10.0)
         if (batch == 13.0).any():
             raise BundleError("inference_failed", "13")
+        if len(batch) > 1 and (batch == 17.0).any():
+            raise MemoryError
         return batch * 2.0
 
 
@@ -65,6 +67,13 @@ def test_a_batch_that_spoils_a_run_fails_alone():
     assert network.batches == [1, 3, 1, 1, 1]
     assert isinstance(found[13.0], BundleError)
     np.testing.assert_array_equal(found[4.0], np.full((1, 1, 2, 2, 2), 8.0))
+
+
+def test_a_batch_too_large_for_memory_is_run_in_its_parts():
+    found, network = ask_all([2.0, 17.0, 4.0])
+
+    assert network.batches == [1, 3, 1, 1, 1]
+    assert len(found) == 4
 
 
 def test_large_batches_are_not_run_together():

@@ -243,6 +243,38 @@ def test_a_spoiled_backup_is_refused_and_changes_nothing(sqlite_url, tmp_path, w
     site.engine.dispose()
 
 
+@pytest.mark.parametrize("is_needed", [True, False])
+def test_a_file_sent_again_for_another_subject_after_its_removal_is_kept(
+    sqlite_url, tmp_path, is_needed
+):
+    """The second is the control: what every row says has gone is not looked for."""
+    site = Site(tmp_path / "site", sqlite_url)
+    original, size = site.file(b"a scan as it was sent")
+    voxels, _ = site.file(b"its voxels")
+    with site.sessions() as session:
+        session.add_all(db.Blob(sha256=one, size_bytes=size) for one in (original, voxels))
+        session.flush()
+        for subject, removed_at in (
+            ("s1", db.db_now()),
+            ("s2", None if is_needed else db.db_now()),
+        ):
+            session.add(
+                db.Volume(
+                    id=db.new_id("vol"), kind="image", subject=subject, modality="CT",
+                    format="nifti", original_sha256=original, voxels_sha256=voxels,
+                    shape=[1, 1, 1], spacing_mm=[1.0, 1.0, 1.0], affine=[], source_shape=[1, 1, 1],
+                    source_affine=[], intake={}, created_by="t", original_removed_at=removed_at,
+                )
+            )  # fmt: skip
+        session.commit()
+
+    made = backup.backup(site.settings, tmp_path / "backup", version="1")
+
+    kept = made.path / "store" / "blobs" / original[:2] / original
+    assert kept.exists() == is_needed
+    site.engine.dispose()
+
+
 def test_a_target_that_is_not_empty_is_refused_unless_told(site, tmp_path):
     site.done(1)
     backup.backup(site.settings, tmp_path / "backup", version="1")

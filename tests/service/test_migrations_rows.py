@@ -28,6 +28,7 @@ def fill(engine) -> dict[str, int]:
         ("dataset_item", "labels_id"): None,
         ("run", "state"): "queued",
         ("run", "queue"): "inference",
+        ("batch", "kind"): "segment",
         ("embedding", "dims"): 1,
         ("embedding", "vector"): b"\0\0\0\0",
         ("upload", "received_bytes"): 0,
@@ -46,7 +47,10 @@ def fill(engine) -> dict[str, int]:
         return values.get(kind, {})
 
     with engine.begin() as connection:
+        by_triggers = ("embedding_space", "embedding_change")  # of the row of `embedding`
         for table in db.Base.metadata.sorted_tables:
+            if table.name in by_triggers:
+                continue
             row = {column.name: value(table, column) for column in table.columns}
             connection.execute(table.insert().values(**row))
     return counts(engine)

@@ -42,6 +42,20 @@ def test_a_callers_hundred_runs_do_not_starve_anothers_one(sessions):
     assert "quiet" in order[:2]
 
 
+@pytest.mark.parametrize(("other", "taken"), [("segment", 1), ("embed", 4)])
+def test_runs_done_together_end_where_anothers_turn_comes(sessions, other, taken):
+    """The second is the control: of one kind they go on, each caller in turn."""
+    with sessions() as session:
+        put(session, "busy", 3, kind="embed")
+        put(session, "quiet", 1, kind=other)
+
+        order = [take(session, finish=False)]
+        while (caller := take(session, finish=False, only=db.RunKind.EMBED)) is not None:
+            order.append(caller)
+
+    assert len(order) == taken
+
+
 def test_by_age_alone_the_one_would_have_waited_for_all_hundred(sessions):
     """The control: the fallback is in order of age, and there the hundred come first."""
     with sessions() as session:

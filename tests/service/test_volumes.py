@@ -246,6 +246,22 @@ def test_a_volume_in_use_is_not_deleted(session, store, tmp_path):
         assert store.verify(used.original_sha256)
 
 
+def test_a_file_whose_row_nothing_refers_to_is_swept_with_it(session, store, tmp_path):
+    """As after a kill between the commit that ends a reference and `discard`."""
+    volume, _ = ingest(session, store, nifti_bytes(tmp_path))
+    with store.receive() as writer:
+        writer.write(b"a mask of a run that has lost it")
+        left, size = store.commit_blob(writer)
+    volumes.record_blob(session, store, left, size)
+    session.commit()
+
+    assert volumes.sweep_blobs(session, store, older_than_s=-1.0) == 1
+
+    assert not store.path_of(left).exists()
+    assert session.get(Blob, left) is None
+    assert session.get(Blob, volume.voxels_sha256) is not None
+
+
 def test_only_old_files_without_a_row_are_swept(session, store, tmp_path):
     volume, _ = ingest(session, store, nifti_bytes(tmp_path))
     with store.receive() as writer:

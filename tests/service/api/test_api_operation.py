@@ -150,6 +150,18 @@ def _bearer(api):
     return {"Authorization": f"Bearer {api.tokens['viewer']}"}
 
 
+@pytest.mark.parametrize(("limit", "status"), [(1, 429), (0, 404)])
+def test_a_batch_counts_against_the_quota_too(own, limit, status):
+    """The second is the control: without a quota the model is looked for, and is not there."""
+    api = own(max_queued=limit)
+    assert api("POST", "/runs", json=training(api)).status_code == 202
+
+    body = {"dataset_id": api.dataset, "model": "nobody", "kind": "segment"}
+    refused = api("POST", "/batches", json=body)
+
+    assert refused.status_code == status
+
+
 def test_more_waiting_runs_than_the_quota_are_refused_and_leave_nothing(own):
     api = own(max_queued=2)
     for _ in range(2):
