@@ -48,7 +48,7 @@ class Client:
     def __init__(self, base_url: str, token: str, *, timeout_s: float = 60.0) -> None:
         url = httpx.URL(base_url)
         self._timeout_s = timeout_s
-        self._reading_timeout = httpx.Timeout(timeout_s, read=None)  # reading a scan takes a while
+        self._patient = httpx.Timeout(timeout_s, read=None)  # reading a scan, loading a model
         self._http = httpx.Client(
             base_url=url.copy_with(path=url.path.rstrip("/") + "/api/v1/"),
             headers={"Authorization": f"Bearer {token}"},
@@ -110,7 +110,7 @@ class Client:
             described(kind=kind, subject=subject, series_uid=series_uid),
             on_progress=on_progress,
             patience_s=PATIENCE_S,
-            complete_timeout=self._reading_timeout,
+            complete_timeout=self._patient,
         )
 
     def upload_whole(
@@ -134,7 +134,7 @@ class Client:
                         "Content-Type": "application/octet-stream",
                         "Content-Length": str(path.stat().st_size),
                     },
-                    timeout=self._reading_timeout,
+                    timeout=self._patient,
                 )
                 return schemas.Volume.model_validate_json(answer.content)
             except ApiError as error:  # the same bytes are the same volume: safe to send again
@@ -336,7 +336,9 @@ class Client:
         """Point an alias at a version; with `revision`, only if it still has that one."""
         headers = {"If-Match": f'"{revision}"'} if revision is not None else {}
         path = f"models/{name}/aliases/{alias}"
-        answer = self._once("PUT", path, json={"version": version}, headers=headers)
+        answer = self._once(
+            "PUT", path, json={"version": version}, headers=headers, timeout=self._patient
+        )
         return schemas.Alias.model_validate_json(answer.content)
 
     def delete_alias(self, name: str, alias: str) -> None:
@@ -357,7 +359,7 @@ class Client:
         path = f"models/{name}/aliases/{alias}"
         seen = self._get(path, schemas.Alias)
         headers = {"If-Match": f'"{seen.revision}"'}
-        answer = self._once("POST", f"{path}:rollback", headers=headers)
+        answer = self._once("POST", f"{path}:rollback", headers=headers, timeout=self._patient)
         return schemas.Alias.model_validate_json(answer.content)
 
     def set_golden_case(
@@ -423,7 +425,7 @@ class Client:
                 "Content-Type": "application/octet-stream",
                 "Content-Length": str(path.stat().st_size),
             },
-            timeout=self._reading_timeout,
+            timeout=self._patient,
         )
         run = schemas.Run.model_validate_json(answer.content)
         return self.wait(run.id, on_event) if wait else run

@@ -10,7 +10,7 @@ from pydantic import AwareDatetime
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from service import celery_app, db, golden, imports, moves, registry, schemas
+from service import celery_app, db, golden, imports, moves, registry, schemas, warming
 from service.errors import ServiceError
 from service.idempotency import Answer
 from service.pagination import PageSize, PageToken, name_of, name_token_of
@@ -86,6 +86,8 @@ def list_alias_moves(
         "no_version_before",
         "precondition_failed",
         "precondition_required",
+        "model_not_loadable",
+        "model_not_warm",
     ),
 )
 def rollback_alias(
@@ -94,15 +96,25 @@ def rollback_alias(
     alias: schemas.AliasName,
     caller: deps.Researcher,
     session: deps.DbSession,
+    sessions: deps.Sessions,
+    settings: deps.SettingsOf,
     if_match: IfMatch = None,
 ) -> JSONResponse:
-    """Undo the newest move that was not undone; `If-Match` is needed, so that it happens once."""
+    """Undo the newest move that was not undone; `If-Match` is needed, so that it happens once.
+
+    As every move it waits until the inference workers have the version loaded.
+    """
     expected = expected_revision(session, name, alias, if_match)
     if expected is None:
         registry.get_alias(session, name, alias)
         raise ServiceError(
             428, "precondition_required", "If-Match must hold the alias' ETag: two could roll back"
         )
+    version = moves.version_before(session, name, alias)
+    digest = registry.get_version(session, name, version).digest
+    if registry.get_alias(session, name, alias).revision == expected:  # else refused below
+        session.rollback()  # nothing is locked while workers load the model
+        warming.before_move(sessions, settings, digest)
     row = moves.rollback(session, name, alias, if_match=expected, principal=caller.id)
     session.commit()
     return with_etag(row)
