@@ -123,25 +123,13 @@ class Client:
         on_progress: Callable[[int], None] | None = None,
     ) -> schemas.Volume:
         """Send a scan in one request; a break means that all of it is sent again."""
-        for number in range(NUM_TRIES):
-            try:
-                answer = self._once(
-                    "POST",
-                    "volumes",
-                    params=described(kind=kind, subject=subject, series_uid=series_uid),
-                    content=_chunks(path, on_progress),
-                    headers={
-                        "Content-Type": "application/octet-stream",
-                        "Content-Length": str(path.stat().st_size),
-                    },
-                    timeout=self._patient,
-                )
-                return schemas.Volume.model_validate_json(answer.content)
-            except ApiError as error:  # the same bytes are the same volume: safe to send again
-                if not error.is_transient or number == NUM_TRIES - 1:
-                    raise
-                time.sleep(0.25 * 2**number)
-        raise AssertionError("unreachable: the last try returns or raises")
+        answer = self._send(  # the same bytes are the same volume: safe to send again
+            "volumes",
+            path,
+            params=described(kind=kind, subject=subject, series_uid=series_uid),
+            on_progress=on_progress,
+        )
+        return schemas.Volume.model_validate_json(answer.content)
 
     def volume(self, volume_id: str) -> schemas.Volume:
         """A volume by id."""
@@ -416,16 +404,12 @@ class Client:
             on_event: Told every event.
             on_progress: Told the number of bytes that were sent.
         """
-        answer = self._once(
-            "POST",
+        answer = self._send(
             "/models:import",
+            path,
             params={"name": name},
-            content=_chunks(path, on_progress),
-            headers={
-                "Content-Type": "application/octet-stream",
-                "Content-Length": str(path.stat().st_size),
-            },
-            timeout=self._patient,
+            on_progress=on_progress,
+            headers={"Idempotency-Key": uuid.uuid4().hex},
         )
         run = schemas.Run.model_validate_json(answer.content)
         return self.wait(run.id, on_event) if wait else run
@@ -615,6 +599,36 @@ class Client:
         for number in range(NUM_TRIES):
             try:
                 return self._once(method, path, **how)
+            except ApiError as error:
+                if not error.is_transient or number == NUM_TRIES - 1:
+                    raise
+                time.sleep(0.25 * 2**number)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _send(
+        self,
+        route: str,
+        path: Path,
+        *,
+        params: Mapping[str, str],
+        on_progress: Callable[[int], None] | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Send a file that may be sent twice as the body; again from its start after a break."""
+        described_as = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(path.stat().st_size),
+        }
+        for number in range(NUM_TRIES):
+            try:
+                return self._once(
+                    "POST",
+                    route,
+                    params=params,
+                    content=_chunks(path, on_progress),
+                    headers={**described_as, **(headers or {})},
+                    timeout=self._patient,
+                )
             except ApiError as error:
                 if not error.is_transient or number == NUM_TRIES - 1:
                     raise

@@ -95,6 +95,8 @@ def rollback(
     Raises:
         ServiceError: 404 `not_found`; 409 `no_version_before`; 412 `precondition_failed`.
     """
+    if registry.get_alias(session, name, alias).revision != if_match:
+        raise registry.changed(session, name, alias, if_match)
     version = version_before(session, name, alias)
     row = registry.set_alias(session, name, alias, version, principal=principal, if_match=if_match)
     newest(session, name, alias).cause = "rollback"
