@@ -258,6 +258,8 @@ def test_a_batch_survives_its_worker_and_tells_of_the_one_broken_scan(
     path.write_bytes(b"nothing")
 
     batch = client.create_batch(dataset.id, "liver/1", "segment")
+    while client.batch(batch.id).state == "queued":  # killed at work, not before it
+        time.sleep(0.02)
     killed = stack.pid_of("worker-inference")
     os.killpg(killed, signal.SIGKILL)
     ended = _until_ended(stack, client, batch.id)

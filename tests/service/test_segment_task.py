@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from sqlalchemy import select
 
 from imaging import nifti
 from models import bundle
@@ -154,6 +155,39 @@ def test_a_scan_that_does_not_fit_fails_with_the_sentence_that_says_so(worker, t
         assert "needs" in failed.error["detail"] and "available" in failed.error["detail"]
         assert not runs.artifacts(session, run.id)
     assert fits["voxels"]["organ"] > 500  # the control: with room it is done
+
+
+def test_a_lack_of_memory_in_the_midst_leaves_one_run_with_one_result(
+    worker, tmp_path, monkeypatch
+):
+    with worker.sessions() as session:
+        volume = ingested(session, worker, tmp_path)
+        register(session, worker, tmp_path, "fine", 1.5)
+        version = registry.get_version(session, "fine", 1)
+        session.commit()
+        session.refresh(volume)
+    plain, _ = segmented(worker, version, volume)
+    publish, tried = tasks.results.publish, []
+
+    def scarce(*args, **how):
+        made = publish(*args, **how)
+        tried.append(made)
+        if len(tried) == 1:
+            raise MemoryError
+        return made
+
+    monkeypatch.setattr(tasks.results, "publish", scarce)
+
+    found, files = segmented(worker, version, volume)
+
+    assert (len(tried), found["retried_after"]) == (2, "host_out_of_memory")
+    assert found["voxels"] == plain["voxels"] and "retried_after" not in plain
+    assert set(files) == {"mask.nii.gz", "preview.png"}
+    with worker.sessions() as session:
+        (run,) = session.scalars(select(db.Run).order_by(db.Run.created_at.desc()).limit(1))
+        assert (run.attempt, run.state, run.error) == (1, "succeeded", None)
+        states = [e.data["state"] for e in runs.events_after(session, run.id) if e.type == "state"]
+    assert states == ["queued", "starting", "running", "succeeded"]
 
 
 def test_both_networks_of_a_cascade_are_warm_and_stay(worker, tmp_path):
