@@ -72,7 +72,7 @@ def overlay_png(
     for panel in panels:
         sheet.paste(panel, (left, 0))
         left += panel.width + _MARGIN
-    sheet.save(path, format="PNG")
+    sheet.save(path, format="PNG", compress_level=1)  # a third larger, 2 to 3 times faster
 
 
 def _busiest(labels: Array, axis: int) -> int:

@@ -48,7 +48,7 @@ class Client:
     def __init__(self, base_url: str, token: str, *, timeout_s: float = 60.0) -> None:
         url = httpx.URL(base_url)
         self._timeout_s = timeout_s
-        self._reading_timeout = httpx.Timeout(timeout_s, read=None)  # reading a scan takes a while
+        self._patient = httpx.Timeout(timeout_s, read=None)  # reading a scan, loading a model
         self._http = httpx.Client(
             base_url=url.copy_with(path=url.path.rstrip("/") + "/api/v1/"),
             headers={"Authorization": f"Bearer {token}"},
@@ -110,7 +110,7 @@ class Client:
             described(kind=kind, subject=subject, series_uid=series_uid),
             on_progress=on_progress,
             patience_s=PATIENCE_S,
-            complete_timeout=self._reading_timeout,
+            complete_timeout=self._patient,
         )
 
     def upload_whole(
@@ -123,25 +123,13 @@ class Client:
         on_progress: Callable[[int], None] | None = None,
     ) -> schemas.Volume:
         """Send a scan in one request; a break means that all of it is sent again."""
-        for number in range(NUM_TRIES):
-            try:
-                answer = self._once(
-                    "POST",
-                    "volumes",
-                    params=described(kind=kind, subject=subject, series_uid=series_uid),
-                    content=_chunks(path, on_progress),
-                    headers={
-                        "Content-Type": "application/octet-stream",
-                        "Content-Length": str(path.stat().st_size),
-                    },
-                    timeout=self._reading_timeout,
-                )
-                return schemas.Volume.model_validate_json(answer.content)
-            except ApiError as error:  # the same bytes are the same volume: safe to send again
-                if not error.is_transient or number == NUM_TRIES - 1:
-                    raise
-                time.sleep(0.25 * 2**number)
-        raise AssertionError("unreachable: the last try returns or raises")
+        answer = self._send(  # the same bytes are the same volume: safe to send again
+            "volumes",
+            path,
+            params=described(kind=kind, subject=subject, series_uid=series_uid),
+            on_progress=on_progress,
+        )
+        return schemas.Volume.model_validate_json(answer.content)
 
     def volume(self, volume_id: str) -> schemas.Volume:
         """A volume by id."""
@@ -336,7 +324,9 @@ class Client:
         """Point an alias at a version; with `revision`, only if it still has that one."""
         headers = {"If-Match": f'"{revision}"'} if revision is not None else {}
         path = f"models/{name}/aliases/{alias}"
-        answer = self._once("PUT", path, json={"version": version}, headers=headers)
+        answer = self._once(
+            "PUT", path, json={"version": version}, headers=headers, timeout=self._patient
+        )
         return schemas.Alias.model_validate_json(answer.content)
 
     def delete_alias(self, name: str, alias: str) -> None:
@@ -357,7 +347,7 @@ class Client:
         path = f"models/{name}/aliases/{alias}"
         seen = self._get(path, schemas.Alias)
         headers = {"If-Match": f'"{seen.revision}"'}
-        answer = self._once("POST", f"{path}:rollback", headers=headers)
+        answer = self._once("POST", f"{path}:rollback", headers=headers, timeout=self._patient)
         return schemas.Alias.model_validate_json(answer.content)
 
     def set_golden_case(
@@ -414,16 +404,12 @@ class Client:
             on_event: Told every event.
             on_progress: Told the number of bytes that were sent.
         """
-        answer = self._once(
-            "POST",
+        answer = self._send(
             "/models:import",
+            path,
             params={"name": name},
-            content=_chunks(path, on_progress),
-            headers={
-                "Content-Type": "application/octet-stream",
-                "Content-Length": str(path.stat().st_size),
-            },
-            timeout=self._reading_timeout,
+            on_progress=on_progress,
+            headers={"Idempotency-Key": uuid.uuid4().hex},
         )
         run = schemas.Run.model_validate_json(answer.content)
         return self.wait(run.id, on_event) if wait else run
@@ -613,6 +599,36 @@ class Client:
         for number in range(NUM_TRIES):
             try:
                 return self._once(method, path, **how)
+            except ApiError as error:
+                if not error.is_transient or number == NUM_TRIES - 1:
+                    raise
+                time.sleep(0.25 * 2**number)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _send(
+        self,
+        route: str,
+        path: Path,
+        *,
+        params: Mapping[str, str],
+        on_progress: Callable[[int], None] | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Send a file that may be sent twice as the body; again from its start after a break."""
+        described_as = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(path.stat().st_size),
+        }
+        for number in range(NUM_TRIES):
+            try:
+                return self._once(
+                    "POST",
+                    route,
+                    params=params,
+                    content=_chunks(path, on_progress),
+                    headers={**described_as, **(headers or {})},
+                    timeout=self._patient,
+                )
             except ApiError as error:
                 if not error.is_transient or number == NUM_TRIES - 1:
                     raise

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from models.splits import SPLITS, split_by_subject
 from service import volumes
-from service.db import Cursor, Dataset, DatasetItem, Page, Run, Volume, new_id, page
+from service.db import Batch, Cursor, Dataset, DatasetItem, Page, Run, Volume, new_id, page
 from service.errors import ServiceError
 
 GEOMETRY_TOLERANCE_MM = 0.01
@@ -128,18 +128,21 @@ def delete(session: Session, dataset_id: str) -> None:
     """Delete a dataset, not its volumes; the caller commits.
 
     Raises:
-        ServiceError: 404 `not_found`; 409 `dataset_in_use` if runs refer to it.
+        ServiceError: 404 `not_found`; 409 `dataset_in_use` if runs or batches refer to it.
     """
     dataset = get(session, dataset_id)
-    num_runs = session.scalar(
-        select(func.count()).select_from(Run).where(Run.dataset_id == dataset_id)
-    )
-    if num_runs:
-        raise ServiceError(409, "dataset_in_use", f"{num_runs} runs refer to the dataset")
+    uses = {
+        "runs": select(func.count()).select_from(Run).where(Run.dataset_id == dataset_id),
+        "batches": select(func.count()).select_from(Batch).where(Batch.dataset_id == dataset_id),
+    }
+    found = {name: session.scalar(count) or 0 for name, count in uses.items()}
+    if any(found.values()):
+        counts = " and ".join(f"{number} {name}" for name, number in found.items() if number)
+        raise ServiceError(409, "dataset_in_use", f"{counts} refer to the dataset")
     session.delete(dataset)
     try:
         session.flush()
-    except IntegrityError:  # a run took it meanwhile
+    except IntegrityError:  # a run or a batch took it meanwhile
         session.rollback()
         raise ServiceError(409, "dataset_in_use", "a run refers to the dataset") from None
 

@@ -82,9 +82,9 @@ _SCANS = {
     "too_large": Kind(413, "The scan is larger than allowed"),
 }
 _RESOURCES = {
-    "volume_in_use": Kind(409, "The volume belongs to a dataset or to a run"),
+    "volume_in_use": Kind(409, "A dataset, a run or a golden case refers to the volume"),
     "wrong_volume_kind": Kind(422, "The volume is of the wrong kind"),
-    "dataset_in_use": Kind(409, "Runs refer to the dataset"),
+    "dataset_in_use": Kind(409, "Runs or batches refer to the dataset"),
     "dataset_without_labels": Kind(422, "The dataset has no labels to learn from"),
     "label_shape_mismatch": Kind(422, "Labels and image have different shapes"),
     "label_geometry_mismatch": Kind(422, "Labels and image lie on different grids"),

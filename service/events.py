@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Sequence
 
 import anyio
 from fastapi.sse import format_sse_event
-from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from service import db, runs, schemas
+from service.ends import ends_of
 
 MIN_POLL_S = 0.02
 POLL_S = 0.25
@@ -60,16 +60,16 @@ async def wait_for_end(
 
     Told late by a fortieth of its duration on average, 0.125 s at most.
     """
-    began = time.monotonic()
-    while True:
-        if await run_in_threadpool(_has_ended, sessions, run_id):
-            return await run_in_threadpool(_read, sessions, run_id)
-        waited = time.monotonic() - began
-        left = seconds - waited
-        if left <= 0:
-            return None
-        poll_s = min(max(MIN_POLL_S, waited / 20), POLL_S)
-        await anyio.sleep(min(poll_s, left))
+    began, ends = time.monotonic(), ends_of(sessions)
+    with ends.awaited(run_id):
+        while not await ends.has_ended(run_id):
+            waited = time.monotonic() - began
+            left = seconds - waited
+            if left <= 0:
+                return None
+            poll_s = min(max(MIN_POLL_S, waited / 20), POLL_S)
+            await anyio.sleep(min(poll_s, left))
+    return await run_in_threadpool(_read, sessions, run_id)
 
 
 def asked_wait_s(prefer: str | None) -> int | None:
@@ -92,13 +92,6 @@ def _later(
     with sessions() as session:
         has_ended = runs.get(session, run_id).state in db.TERMINAL
         return runs.events_after(session, run_id, after, limit=BATCH), has_ended
-
-
-def _has_ended(sessions: sessionmaker[Session], run_id: str) -> bool:
-    """One column of one row: this is asked often."""
-    with sessions() as session:
-        state = session.scalar(select(db.Run.state).where(db.Run.id == run_id))
-        return state is None or state in db.TERMINAL
 
 
 def _read(sessions: sessionmaker[Session], run_id: str) -> db.Run:

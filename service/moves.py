@@ -95,18 +95,28 @@ def rollback(
     Raises:
         ServiceError: 404 `not_found`; 409 `no_version_before`; 412 `precondition_failed`.
     """
+    if registry.get_alias(session, name, alias).revision != if_match:
+        raise registry.changed(session, name, alias, if_match)
+    version = version_before(session, name, alias)
+    row = registry.set_alias(session, name, alias, version, principal=principal, if_match=if_match)
+    newest(session, name, alias).cause = "rollback"
+    session.flush()
+    return row
+
+
+def version_before(session: Session, name: str, alias: str) -> int:
+    """The version that a rollback of an alias goes to.
+
+    Raises:
+        ServiceError: 404 `not_found`; 409 `no_version_before`.
+    """
     registry.get_alias(session, name, alias)
     stack = undo_stack(registry.alias_history(session, name, alias))
     if len(stack) < 2:
         raise ServiceError(
             409, "no_version_before", "the alias has named no other version that it can go back to"
         )
-    row = registry.set_alias(
-        session, name, alias, stack[-2], principal=principal, if_match=if_match
-    )
-    newest(session, name, alias).cause = "rollback"
-    session.flush()
-    return row
+    return stack[-2]
 
 
 def newest(session: Session, name: str, alias: str) -> AliasEvent:

@@ -231,7 +231,7 @@ def set_alias(
         execution_options={"populate_existing": True},
     ).one_or_none()
     if moved is None:
-        raise _changed(session, name, alias, if_match)
+        raise changed(session, name, alias, if_match)
     session.add(AliasEvent(model_name=name, alias=alias, version=version, set_by=principal))
     session.flush()
     return moved
@@ -250,14 +250,15 @@ def delete_alias(
     if if_match is not None:
         statement = statement.where(ModelAlias.revision == if_match)
     if session.scalars(statement.returning(ModelAlias.alias)).one_or_none() is None:
-        raise _changed(session, name, alias, if_match)
+        raise changed(session, name, alias, if_match)
     session.add(
         AliasEvent(model_name=name, alias=alias, version=None, set_by=principal, cause="remove")
     )
     session.flush()
 
 
-def _changed(session: Session, name: str, alias: str, expected: int | None) -> ServiceError:
+def changed(session: Session, name: str, alias: str, expected: int | None) -> ServiceError:
+    """The refusal (412) of who saw another revision of an alias than there is."""
     there = session.get(ModelAlias, (name, alias), populate_existing=True)
     found = f"its revision is {there.revision}" if there is not None else "it does not exist"
     return ServiceError(412, "precondition_failed", f"revision {expected} was expected; {found}")

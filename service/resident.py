@@ -105,6 +105,16 @@ def coarse_of(settings: Settings, store: Store, held: Held) -> OnnxSession | Non
     )
 
 
+def is_whole(settings: Settings, digest: str) -> bool:
+    """Whether a bundle is loaded with every network that it brings."""
+    cache = cache_of(settings.session_cache_bytes)
+    session = cache.peek(digest)
+    if session is None:
+        return False
+    spec = session.manifest.cascade
+    return spec is None or spec.coarse is None or cache.is_live(coarse_key(digest))
+
+
 def coarse_key(digest: str) -> str:
     """Under which a bundle's coarse network is kept."""
     return f"{digest}/coarse"

@@ -26,6 +26,7 @@ from service.db import (
     Blob,
     Cursor,
     DatasetItem,
+    GoldenCase,
     Page,
     Run,
     Volume,
@@ -168,7 +169,8 @@ def delete(session: Session, store: Store, volume_id: str) -> None:
     """Delete a volume and the files that no other row needs. Commits.
 
     Raises:
-        ServiceError: 404 `not_found`; 409 `volume_in_use` if a dataset or a run refers to it.
+        ServiceError: 404 `not_found`; 409 `volume_in_use` if a dataset, a run or a golden case
+            refers to it.
     """
     volume = get(session, volume_id)
     uses = {
@@ -176,6 +178,9 @@ def delete(session: Session, store: Store, volume_id: str) -> None:
             or_(DatasetItem.volume_id == volume_id, DatasetItem.labels_id == volume_id)
         ),
         "runs": select(func.count()).select_from(Run).where(Run.volume_id == volume_id),
+        "golden cases": select(func.count())
+        .select_from(GoldenCase)
+        .where(or_(GoldenCase.volume_id == volume_id, GoldenCase.labels_id == volume_id)),
     }
     found = {name: session.scalar(count) or 0 for name, count in uses.items()}
     if any(found.values()):

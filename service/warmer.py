@@ -9,6 +9,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
+from models import preflight
 from models.bundle import BundleError
 from service import resident, warming
 from service.db import WarmModel
@@ -70,7 +71,8 @@ class Warmer:
             if told.get(digest) is not None:  # failed, and nobody asked again
                 warm[digest] = told[digest]
             else:
-                warm[digest] = None if cache.is_live(digest) else self._load(digest)
+                is_loaded = resident.is_whole(self._settings, digest)
+                warm[digest] = None if is_loaded else self._load(digest)
         if warm != told or self._told is None:
             self._tell(warm)
         self._told = warm
@@ -81,6 +83,8 @@ class Warmer:
         try:
             held = resident.hold(self._settings, self._store, digest)
             warmed_s = held.session.warm_up()
+            if held.session.manifest.kind == "segmenter":
+                preflight.pace_of(held.session)  # else the first request would wait for it
             coarse = resident.coarse_of(self._settings, self._store, held)
             if coarse is not None:
                 warmed_s += coarse.warm_up()

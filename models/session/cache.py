@@ -73,6 +73,11 @@ class SessionCache:
         with self._lock:
             return digest in self._live
 
+    def peek(self, digest: str) -> OnnxSession | None:
+        """The session if it is loaded; this is no use of it."""
+        with self._lock:
+            return self._live.get(digest)
+
     def drop(self, digest: str) -> None:
         """Forget a session, pinned or not; whoever works with it keeps it until then."""
         with self._lock:

@@ -103,9 +103,7 @@ class Once:
             return answer, True
 
 
-async def _once(
-    request: Request,
-    sessions: Sessions,
+async def _key(
     store: StoreOf,
     idempotency_key: Annotated[
         str | None,
@@ -114,12 +112,19 @@ async def _once(
             description="Any text of the caller's; a repeat with it gets the first answer.",
         ),
     ] = None,
-) -> Once:
+) -> str | None:
+    if idempotency_key is None:
+        return None
+    names = await run_in_threadpool(site_pseudonyms, store.data_dir)
+    return names.text(idempotency_key)  # callers put names of patients into keys
+
+
+KeyOf = Annotated[str | None, Depends(_key)]
+"""The caller's `Idempotency-Key`, for a body that is not held in memory; else `OnceOf`."""
+
+
+async def _once(request: Request, sessions: Sessions, key: KeyOf) -> Once:
     digest = hashlib.sha256(await request.body()).hexdigest()
-    key = idempotency_key
-    if key is not None:  # callers put names of patients into keys
-        names = await run_in_threadpool(site_pseudonyms, store.data_dir)
-        key = names.text(key)
     return Once(sessions, f"{request.method} {request.url.path}", key, digest)
 
 

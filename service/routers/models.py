@@ -169,8 +169,9 @@ def set_alias(
     if reason is not None and not caller.role.covers(Role.ADMIN):
         raise ServiceError(403, "forbidden", "only an admin moves an alias against the gate")
     gate.require(session, version, may_override=reason is not None)
+    digest = version.digest  # read before the rollback: later it would begin a transaction
     session.rollback()  # nothing is locked while workers load the model
-    warming.before_move(sessions, settings, version.digest)
+    warming.before_move(sessions, settings, digest)
     version = registry.get_version(session, name, ask.version)
     unmet = gate.require(session, version, may_override=reason is not None)
     row = registry.set_alias(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated
 
 from fastapi import Path, Query, Request
@@ -10,7 +11,7 @@ from pydantic import AwareDatetime
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from service import celery_app, db, golden, imports, moves, registry, schemas
+from service import celery_app, golden, imports, moves, quota, registry, schemas, warming
 from service.errors import ServiceError
 from service.idempotency import Answer
 from service.pagination import PageSize, PageToken, name_of, name_token_of
@@ -86,6 +87,8 @@ def list_alias_moves(
         "no_version_before",
         "precondition_failed",
         "precondition_required",
+        "model_not_loadable",
+        "model_not_warm",
     ),
 )
 def rollback_alias(
@@ -94,15 +97,25 @@ def rollback_alias(
     alias: schemas.AliasName,
     caller: deps.Researcher,
     session: deps.DbSession,
+    sessions: deps.Sessions,
+    settings: deps.SettingsOf,
     if_match: IfMatch = None,
 ) -> JSONResponse:
-    """Undo the newest move that was not undone; `If-Match` is needed, so that it happens once."""
+    """Undo the newest move that was not undone; `If-Match` is needed, so that it happens once.
+
+    As every move it waits until the inference workers have the version loaded.
+    """
     expected = expected_revision(session, name, alias, if_match)
     if expected is None:
         registry.get_alias(session, name, alias)
         raise ServiceError(
             428, "precondition_required", "If-Match must hold the alias' ETag: two could roll back"
         )
+    if registry.get_alias(session, name, alias).revision == expected:  # else it is refused below
+        version = moves.version_before(session, name, alias)
+        digest = registry.get_version(session, name, version).digest
+        session.rollback()  # nothing is locked while workers load the model
+        warming.before_move(sessions, settings, digest)
     row = moves.rollback(session, name, alias, if_match=expected, principal=caller.id)
     session.commit()
     return with_etag(row)
@@ -254,6 +267,9 @@ def _seq_of(token: str | None) -> int | None:
         "insufficient_storage",
         "not_an_archive",
         "not_live",
+        "quota_exceeded",
+        "idempotency_mismatch",
+        "idempotency_in_flight",
     ),
 )
 async def import_model(
@@ -263,11 +279,13 @@ async def import_model(
     store: deps.StoreOf,
     settings: deps.SettingsOf,
     sessions: deps.Sessions,
+    key: deps.KeyOf,
     name: Annotated[schemas.ModelName, Query(description="What it becomes a version of.")],
 ) -> JSONResponse:
     """Keep the file and queue a run that opens it, confined, on the worker and registers it.
 
-    The same bytes sent again are another run, and another version of the same digest.
+    The same bytes sent again are another run, and another version of the same digest; with the
+    same `Idempotency-Key` they are the first run.
     """
     receiving.check_media_type(request, ARCHIVES)
     announced = receiving.declared_size(request) or 0
@@ -277,16 +295,21 @@ async def import_model(
         await receiving.receive(request, writer)
         sha256, size = await run_in_threadpool(_committed, store, writer)
 
-    def queue() -> db.Run:
-        with sessions() as session:
-            run = imports.create(
-                session, store, name=name, sha256=sha256, size=size, principal=caller.id
-            )
-            session.commit()
-        celery_app.ring(run.id, run.queue, settings=settings)
-        return run
+    def work(session: Session) -> Answer:
+        quota.check_runs(session, caller.id, settings)
+        run = imports.create(
+            session, store, name=name, sha256=sha256, size=size, principal=caller.id
+        )
+        return answers.accepted(run, "runs", views.run)
 
-    return deps.reply(answers.accepted(await run_in_threadpool(queue), "runs", views.run))
+    asked = hashlib.sha256(f"{name} {sha256}".encode()).hexdigest()
+    once = deps.Once(sessions, f"{request.method} {request.url.path}", key, asked)
+    answer, is_new = await run_in_threadpool(once.answer, caller, work)
+    if is_new:
+        await run_in_threadpool(
+            celery_app.ring, str(answer.body["id"]), "inference", settings=settings
+        )
+    return deps.reply(answer, is_new=is_new)
 
 
 def _committed(store: Store, writer: Receiver) -> tuple[str, int]:

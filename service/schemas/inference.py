@@ -230,7 +230,24 @@ class Preflight(Answer):
     )
 
 
-class SegmentationResult(Answer):
+class Ran(Answer):
+    """What ran on the scan, and how."""
+
+    bundle_digest: Sha256 | None = Field(None, description="Of the model's files.")
+    provider: str | None = Field(None, description="Of onnxruntime, as it really was.")
+    precision: str | None = Field(None, description="Of the network, `float32` or `float16`.")
+    model_was_resident: bool | None = Field(
+        None, description="False: the request waited for the model to be loaded."
+    )
+    fell_back_from: str | None = Field(
+        None, description="The provider that was asked for, where the CPU stood in."
+    )
+    retried_after: str | None = Field(
+        None, description="The lack of memory after which windows were done one by one."
+    )
+
+
+class SegmentationResult(Ran):
     """What was found; the mask and the preview are files of their own."""
 
     labels: tuple[LabelFound, ...] = ()
@@ -258,7 +275,6 @@ class SegmentationResult(Answer):
     uncertainty: Uncertainty | None = None
     quality: QualityFlag | None = None
     preflight: Preflight | None = None
-    provider: str | None = Field(None, description="Of onnxruntime, as it really was.")
     certificate: Certificate | None = Field(None, description="Of the NIfTI mask.")
     files: tuple[ResultFile, ...] = ()
     not_made: tuple[NotMade, ...] = ()
@@ -317,7 +333,10 @@ class Segmentation(Inference):
                             "reasons": [],
                             "max_foreground_entropy": 0.11,
                         },
+                        "bundle_digest": SHA,
                         "provider": "CPUExecutionProvider",
+                        "precision": "float32",
+                        "model_was_resident": True,
                         "certificate": _CERTIFICATE,
                         "files": [
                             {
@@ -353,12 +372,11 @@ class SegmentationPage(Page[Segmentation]):
     model_config = ConfigDict(frozen=True, json_schema_extra=page_of(Segmentation))
 
 
-class EmbeddingResult(Answer):
+class EmbeddingResult(Ran):
     """The vector, of unit length."""
 
     vector: tuple[float, ...]
     num_windows: int
-    provider: str | None = Field(None, description="Of onnxruntime, as it really was.")
     timings_s: dict[str, float]
 
 

@@ -1,17 +1,31 @@
 """One segmentation, done as the worker does it: two passes, a flip, and a map that is certified."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from sqlalchemy import select
 
 from imaging import nifti
 from models import bundle
 from models.bundle import Lineage, Manifest, Quality, TensorSpec
 from models.recipe import FinetuneRecipe, Preprocessing, Window
-from service import cascades, db, migrate, registry, runs, tasks, volumes
+from service import (
+    cascades,
+    db,
+    migrate,
+    registry,
+    resident,
+    runs,
+    tasks,
+    volumes,
+    warmer,
+    warming,
+)
+from service import worker as workers
 from service.lease import Keeper
 from service.schemas import CascadeCreate, SegmentationResult
 from service.settings import Settings
@@ -97,22 +111,114 @@ def segmented(worker, version, volume, **options):
     return done.result, files
 
 
-def test_two_passes_give_the_mask_of_one_and_tell_how_they_looked(worker, tmp_path):
+def ingested(session, worker, folder):
     voxels = np.full((40, 44, 36), 100, np.int16)
     voxels[12:20, 20:30, 8:16] = 900
-    nifti.write(tmp_path / "scan.nii.gz", voxels, AFFINE)
+    nifti.write(folder / "scan.nii.gz", voxels, AFFINE)
+    sha256, size = worker.store.put_file(folder / "scan.nii.gz")
+    volume, _ = volumes.ingest(
+        session,
+        worker.store,
+        sha256,
+        size,
+        subject="s",
+        series_uid=None,
+        principal="t",
+        kind="image",
+    )
+    return volume
+
+
+def test_a_scan_that_does_not_fit_fails_with_the_sentence_that_says_so(worker, tmp_path):
+    tight = replace(
+        worker, settings=worker.settings.model_copy(update={"inference_memory_bytes": 100_000})
+    )
     with worker.sessions() as session:
-        sha256, size = worker.store.put_file(tmp_path / "scan.nii.gz")
-        volume, _ = volumes.ingest(
-            session,
-            worker.store,
-            sha256,
-            size,
-            subject="s",
-            series_uid=None,
-            principal="t",
-            kind="image",
+        volume = ingested(session, worker, tmp_path)
+        register(session, worker, tmp_path, "fine", 1.5)
+        version = registry.get_version(session, "fine", 1)
+        session.commit()
+        session.refresh(volume)
+        model = {"name": "fine", "version": 1, "digest": version.digest}
+        run = runs.create(
+            session, kind="segment", spec={"model": model}, volume_id=volume.id, principal="t"
         )
+        session.commit()
+        lease = runs.claim(session, run.id, "inference", "test")
+
+    workers.work_on(tight, lease, tasks.run)
+    fits, _ = segmented(worker, version, volume)
+
+    with worker.sessions() as session:
+        failed = runs.get(session, run.id)
+        assert (failed.state, failed.error["code"]) == ("failed", "insufficient_memory")
+        assert "needs" in failed.error["detail"] and "available" in failed.error["detail"]
+        assert not runs.artifacts(session, run.id)
+    assert fits["voxels"]["organ"] > 500  # the control: with room it is done
+
+
+def test_a_lack_of_memory_in_the_midst_leaves_one_run_with_one_result(
+    worker, tmp_path, monkeypatch
+):
+    with worker.sessions() as session:
+        volume = ingested(session, worker, tmp_path)
+        register(session, worker, tmp_path, "fine", 1.5)
+        version = registry.get_version(session, "fine", 1)
+        session.commit()
+        session.refresh(volume)
+    plain, _ = segmented(worker, version, volume)
+    publish, tried = tasks.results.publish, []
+
+    def scarce(*args, **how):
+        made = publish(*args, **how)
+        tried.append(made)
+        if len(tried) == 1:
+            raise MemoryError
+        return made
+
+    monkeypatch.setattr(tasks.results, "publish", scarce)
+
+    found, files = segmented(worker, version, volume)
+
+    assert (len(tried), found["retried_after"]) == (2, "host_out_of_memory")
+    assert found["voxels"] == plain["voxels"] and "retried_after" not in plain
+    assert set(files) == {"mask.nii.gz", "preview.png"}
+    with worker.sessions() as session:
+        (run,) = session.scalars(select(db.Run).order_by(db.Run.created_at.desc()).limit(1))
+        assert (run.attempt, run.state, run.error) == (1, "succeeded", None)
+        states = [e.data["state"] for e in runs.events_after(session, run.id) if e.type == "state"]
+    assert states == ["queued", "starting", "running", "succeeded"]
+
+
+def test_both_networks_of_a_cascade_are_warm_and_stay(worker, tmp_path):
+    with worker.sessions() as session:
+        register(session, worker, tmp_path, "fine", 1.5)
+        register(session, worker, tmp_path, "coarse", 4.0)
+        ask = CascadeCreate(fine="fine", coarse="coarse", organ="organ", margin_mm=9.0)
+        digest = cascades.create(session, worker.store, "fine", ask).digest
+        session.flush()
+        warming.ask(session, digest, for_s=60.0)
+        session.commit()
+    cache = resident.cache_of(worker.settings.session_cache_bytes)
+    cache.pin([])
+    cache.drop_unpinned()
+    resident.hold(worker.settings, worker.store, digest)  # a request has loaded one of the two
+    assert not resident.is_whole(worker.settings, digest)
+
+    one = warmer.Warmer(worker.sessions, worker.settings, worker.store, "w")
+    assert one.once() == [digest]
+    cache.drop_unpinned()
+
+    assert {digest, resident.coarse_key(digest)} <= set(cache.digests())
+    assert resident.is_whole(worker.settings, digest)
+    cache.pin([])
+    cache.drop_unpinned()
+    assert cache.digests() == []  # the control: what is not wanted leaves
+
+
+def test_two_passes_give_the_mask_of_one_and_tell_how_they_looked(worker, tmp_path):
+    with worker.sessions() as session:
+        volume = ingested(session, worker, tmp_path)
         register(session, worker, tmp_path, "fine", 1.5)
         register(session, worker, tmp_path, "coarse", 4.0)
         ask = CascadeCreate(fine="fine", coarse="coarse", organ="organ", margin_mm=9.0)

@@ -125,6 +125,18 @@ def test_waiting_ends_when_the_time_is_up(client, world):
     assert client.cancel(run.id).state == "canceled"
 
 
+def test_a_move_outlasts_the_clients_own_patience(api, url, world, monkeypatch):
+    def slow(*_args):
+        time.sleep(0.6)
+
+    monkeypatch.setattr("service.warming.before_move", slow)
+    with Client(url, api.tokens["admin"], timeout_s=0.3) as hasty:
+        moved = hasty.set_alias("encoder", "slow", 1)
+        hasty.delete_alias("encoder", "slow")
+
+    assert moved.version == 1
+
+
 def test_models_aliases_and_bundles(client, world, tmp_path):
     assert "encoder" in {model.name for model in client.models()}
 

@@ -55,7 +55,8 @@ def test_golden_cases_hold_a_version_back_until_it_reproduces_them(api, world, n
     assert missed.json()["code"] == "gate_failed"
     found = api("GET", "/models/golden/versions/1/checks").json()["items"]
     assert [(one["passed"], one["is_current"]) for one in found] == [(False, True), (False, False)]
-    assert api("DELETE", f"/volumes/{world.labels}").json()["code"] == "volume_in_use"
+    in_use = api("DELETE", f"/volumes/{world.labels}").json()
+    assert in_use["code"] == "volume_in_use" and "1 golden cases" in in_use["detail"]
     assert api("DELETE", put).status_code == 204
     assert alias(api, "golden", 1).status_code == 200
 
@@ -112,6 +113,26 @@ def test_an_import_is_kept_and_queued_and_no_other_bytes_are(api):
     with api.sessions() as session:
         sent = session.get(db.Artifact, (made.json()["id"], "sent"))
         assert api.store.verify(sent.sha256).read_bytes() == packed.getvalue()
+
+
+def test_an_import_with_a_key_is_one_run_however_often_it_is_sent(api):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("model.onnx", b"once")
+    how = {"content": packed.getvalue(), "headers": {"Idempotency-Key": "import-1"}}
+
+    first = api("POST", "/models:import?name=once", **how)
+    again = api("POST", "/models:import?name=once", **how)
+    renamed = api("POST", "/models:import?name=twice", **how)
+    changed = api("POST", "/models:import?name=once", **{**how, "content": b"PK\x03\x04 other"})
+    # The control: without a key the same bytes are another run.
+    anew = api("POST", "/models:import?name=once", content=packed.getvalue())
+
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert again.json()["id"] == first.json()["id"] != anew.json()["id"]
+    assert again.headers["idempotent-replayed"] == "true"
+    for other in (renamed, changed):
+        assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch")
 
 
 @pytest.mark.parametrize("name", ["Big", "", "a/b"])
