@@ -17,7 +17,7 @@ def test_the_documented_recipes_are_the_papers() -> None:
     blocks = re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)
 
     recipes = [TypeAdapter(Recipe).validate_python(json.loads(block)) for block in blocks]
-    liver, brats, nodule, chest, cleaned = recipes
+    liver, brats, nodule, chest, cleaned, second = recipes
 
     assert (liver.patch_size, liver.batch_size, liver.learning_rate) == ((256, 256, 64), 4, 1e-4)
     assert (liver.split.train, liver.split.val, liver.split.test) == (0.7, 0.1, 0.2)
@@ -27,6 +27,8 @@ def test_the_documented_recipes_are_the_papers() -> None:
     assert chest.network.kind == "resnet18_unet2d" and chest.norm == "batch"
     assert cleaned.postprocess.parts == {"liver": ("tumour",)}
     assert not liver.postprocess.changes_masks
+    assert liver.crop is None
+    assert (second.crop.labels, second.crop.margin_voxels) == (("liver",), 30)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import pytest
 
 HEX = "0" * 32
 OPEN = {("GET", "/healthz"), ("GET", "/readyz")}
+ELSEWHERE = {("GET", "/metrics")}  # test_api_operation
 RUN = {"kind": "pretrain", "dataset_id": f"ds_{HEX}", "model_name": "m", "recipe": {}}
 ASK = {"volume_id": f"vol_{HEX}", "model": "m"}
 DATASET = {"name": "d", "items": [{"volume_id": f"vol_{HEX}"}]}
 
+CASCADE = {"fine": "absent", "organ": "liver"}
 BATCH = {"dataset_id": f"ds_{HEX}", "model": "absent", "kind": "segment"}
 MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/capabilities"): ("viewer", {}),
@@ -35,6 +37,7 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/models/{name}"): ("viewer", {}),
     ("GET", "/models/{name}/versions/{version}"): ("viewer", {}),
     ("GET", "/models/{name}/versions/{version}/bundle"): ("viewer", {}),
+    ("POST", "/models/{name}/versions:cascade"): ("researcher", {"json": CASCADE}),
     ("GET", "/models/{name}/aliases/{alias}"): ("viewer", {}),
     ("PUT", "/models/{name}/aliases/{alias}"): ("researcher", {"json": {"version": 1}}),
     ("DELETE", "/models/{name}/aliases/{alias}"): ("researcher", {}),
@@ -59,6 +62,7 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/segmentations/{segmentation_id}"): ("viewer", {}),
     ("GET", "/segmentations/{segmentation_id}/mask"): ("viewer", {}),
     ("GET", "/segmentations/{segmentation_id}/preview"): ("viewer", {}),
+    ("GET", "/segmentations/{segmentation_id}/uncertainty"): ("viewer", {}),
     ("POST", "/segmentations/{segmentation_id}:cancel"): ("annotator", {}),
     ("GET", "/embeddings"): ("viewer", {}),
     ("POST", "/embeddings"): ("annotator", {"json": ASK}),
@@ -90,7 +94,7 @@ def test_every_operation_is_in_the_table(api):
         for method in operations
     }
 
-    assert served == set(MATRIX) | OPEN
+    assert served == set(MATRIX) | OPEN | ELSEWHERE
 
 
 @pytest.mark.parametrize(("method", "path"), MATRIX)
@@ -138,6 +142,8 @@ def test_readiness_names_what_is_missing(api):
         "broker": "ok",
         "worker:inference": "failed",
         "worker:train": "failed",
+        "queue:inference": "ok",
+        "queue:train": "ok",
     }
 
 
