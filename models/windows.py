@@ -9,9 +9,10 @@ from imaging.volume import Shape
 from models.bundle import Manifest, volume_input
 from models.tiling import Windows, fitted
 
-LARGEST_WINDOW = 1.5
-"""Of a window's side in serving, in those of training: the norm's statistics are of a window, so a
-much larger one is another network (docs/performance.md)."""
+LARGEST_WINDOW = 1.0
+"""Of a window's side in serving, in those of training. Larger ones are cheaper, but the norm's
+statistics are of a window: until trained networks show that their Dice and their quality threshold
+hold there, a model is served with the windows it was judged with (docs/performance.md)."""
 LARGEST_WINDOW_VOXELS = 1 << 21
 """Of a window in serving, unless those of training are larger: working memory grows with it."""
 

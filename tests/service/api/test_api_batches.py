@@ -27,7 +27,12 @@ def items(api, batch, query=""):
 
 
 def result(volume_ml):
-    return {"volumes_ml": {"liver": volume_ml}, "lesions": {"liver": {"num": 2, "largest": []}}}
+    return {
+        "volumes_ml": {"liver": volume_ml},
+        "voxels": {"liver": 5},
+        "lesions": {"liver": {"num": 2, "largest": []}},
+        "timings_s": {},
+    }
 
 
 def test_a_batch_reports_each_scan_and_retries_what_failed(api, world, dataset):
