@@ -3,9 +3,10 @@
     python -m models.incoming --out=FOLDER --confine=PID -- FILE
 
 The file is a zip or an uncompressed tar of one bundle. Names in it only tell the parts apart:
-`model.onnx`, `manifest.json`, and perhaps `card.md` and `weights.safetensors`, in one folder or in
-none. A bundle of ours keeps every byte, and so its digest. A bare `model.onnx` with a manifest
-whose `files` are empty is completed: digests, and a card that says where it came from.
+`model.onnx`, `manifest.json`, and perhaps `card.md`, `weights.safetensors` and `reference.npy`, in
+one folder or in none. A bundle of ours keeps every byte, and so its digest. A bare `model.onnx`
+with a manifest whose `files` are empty is completed: digests, and a card that says where it came
+from.
 
 The child gives up network, other programs and files (`imaging.confine`) before it reads a byte; it
 refuses pickles (whatever is not safetensors), external data, operators beyond ONNX's own, loops;
@@ -45,6 +46,7 @@ MAX_BYTES = {
     bundle.WEIGHTS: 4 << 30,
     bundle.MANIFEST: 1 << 20,
     bundle.CARD: 1 << 20,
+    bundle.REFERENCE: 64 << 20,
 }
 """What a bundle may hold, and how large each part may be, unpacked."""
 MAX_PARTS = 16
