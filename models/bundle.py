@@ -2,7 +2,8 @@
 
 The files are `model.onnx`, `manifest.json`, `card.md`, for models trained here
 `weights.safetensors` (what fine-tuning starts from) and perhaps `model.float16.onnx`, and for a
-cascade of two networks `coarse.onnx` (what finds the organ).
+cascade of two networks `coarse.onnx` (what finds the organ). `reference.npy` holds the training
+scans' embeddings, from which a scan's distance is measured (`models.reference`).
 
 The manifest names the SHA-256 of every other file, and the bundle's digest is the manifest's own
 SHA-256, so one hash pins everything. A bundle is written to a temporary folder and renamed.
@@ -37,7 +38,10 @@ COARSE = "coarse.onnx"
 MODEL_FLOAT16 = "model.float16.onnx"
 """The same network with float16 inside; its inputs and outputs stay float32."""
 WEIGHTS = "weights.safetensors"
+REFERENCE = "reference.npy"
 CARD = "card.md"
+FEATURES = "features"
+"""Output of a segmenter beside its logits: its bottleneck pooled over the window, (B, E)."""
 
 
 class BundleError(Exception):
@@ -144,6 +148,30 @@ class Quality(Part):
     split: Literal["train", "val"]
 
 
+class Reference(Part):
+    """What scans are held against to tell whether they are like those of training.
+
+    `models.ood` has the definitions, `reference.npy` the embeddings.
+    """
+
+    num_scans: int = Field(ge=0)
+    """Training scans with an embedding in the file; where too few for a threshold, those looked at,
+    and there is no file."""
+    dims: int = Field(ge=0)
+    """E, the numbers of an embedding."""
+    num_neighbours: int = Field(ge=0)
+    threshold: float | None = Field(ge=0.0, le=2.0)
+    """Distance from which on a scan is out; None: too few scans."""
+    quantile: float = Field(ge=0.0, le=1.0)
+    space: Literal["embedding", "features"]
+    """Of an encoder: what it is served for. Of a segmenter: its output `features`."""
+
+    @property
+    def has_file(self) -> bool:
+        """Whether `reference.npy` is in the bundle."""
+        return self.threshold is not None
+
+
 class Manifest(Part):
     """Everything a server must know about a model."""
 
@@ -168,6 +196,8 @@ class Manifest(Part):
     """How a segmenter finds the part of a scan that it looks at; None: it looks at all of it."""
     quality: Quality | None = None
     """Of a segmenter: when to flag its result. None where nothing was measured."""
+    reference: Reference | None = None
+    """The training scans' embeddings. None for a model that came without, and for a cascade."""
     recipe: Recipe
     lineage: Lineage
     metrics: dict[str, Metric] = Field(default_factory=dict)
@@ -248,6 +278,11 @@ def load(folder: Path, *, verify: bool = True) -> Manifest:
     has_coarse = manifest.cascade is not None and manifest.cascade.coarse is not None
     if has_coarse != (COARSE in manifest.files):
         raise BundleError("bundle_invalid", f"{MANIFEST}: cascade and {COARSE} do not go together")
+    has_reference = manifest.reference is not None and manifest.reference.has_file
+    if has_reference != (REFERENCE in manifest.files):
+        raise BundleError(
+            "bundle_invalid", f"{MANIFEST}: reference and {REFERENCE} do not go together"
+        )
     if verify:
         for name, expected in manifest.files.items():
             path = folder / name
@@ -298,6 +333,7 @@ def coarse_manifest(manifest: Manifest) -> Manifest:
     if cascade is None:
         raise BundleError("wrong_model_kind", "the model is no cascade")
     update: dict[str, object] = {"cascade": None, "quality": None, "postprocess": Postprocess()}
+    update["reference"] = None  # of whole scans at another spacing
     if cascade.coarse is None:
         spec, _ = volume_input(manifest)
         update["preprocessing"] = spec.model_copy(update={"spacing_mm": cascade.coarse_spacing_mm})
@@ -317,6 +353,14 @@ def volume_input(manifest: Manifest) -> tuple[Preprocessing, Size]:
     if isinstance(spec, Preprocessing2d) or len(patch) == 2:
         raise BundleError("wrong_model_kind", "the model reads 2D images, and a scan is a volume")
     return spec, patch
+
+
+def features_of(manifest: Manifest) -> TensorSpec | None:
+    """The output with a segmenter's features; None where it has none, or is another model."""
+    if manifest.kind != "segmenter":
+        return None
+    found = [one for one in manifest.outputs[1:] if one.name == FEATURES and len(one.shape) == 2]
+    return found[0] if found else None
 
 
 def _fsync(path: Path) -> None:

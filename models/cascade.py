@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from imaging.resample import resampled_grid
 from imaging.volume import Grid, Shape, Volume
-from models import box, preflight
+from models import box, preflight, reference
 from models.blend import Counter, Network, Progress, own_windows
 from models.box import Box
 from models.bundle import (
@@ -33,7 +33,9 @@ from models.bundle import (
     coarse_manifest,
     volume_input,
 )
+from models.features import FeatureMeter
 from models.flips import Axis, with_flips
+from models.ood import OutOfDistribution
 from models.postprocess import keep_largest
 from models.predict import Clock, Segmentation, fill, finish, require_segmenter
 from models.preflight import Preflight
@@ -78,6 +80,11 @@ class Case:
     entropy_map: NDArray[np.uint8] | None
     """(I, J, K) on the volume's grid, 255 where nothing is known, 0 outside of a cascade's box;
     None unless asked for."""
+    features: Float32Array | None
+    """Mean of what the network's encoder made of the windows, of unit length (E,); None for a
+    cascade, a network that does not tell, and a scan without a body."""
+    ood: OutOfDistribution
+    """Its distance from the training scans, or why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +150,13 @@ def segment_case(
         part = found.box or part
         windows = _no_larger(own_windows(session, part.shape), windows)
 
-    looking = with_flips(session, flips)
     counter = Counter(_with_more(progress, before=num_coarse, times=num_views), should_stop)
     with clock.stage("preprocess"):
         source = preparation(volume, spec, part)
+    features = None
+    if session.has_features and manifest.cascade is None:
+        features = FeatureMeter(session, source.background)
+    looking = with_flips(session, flips, upright=features)
     seen = box.centres_within(part, grid, volume.grid)
     target = box.grid_of(volume.grid, seen)
     labels = np.zeros(volume.shape, dtype=np.uint8)
@@ -187,12 +197,15 @@ def segment_case(
             is_cut=is_cut,
         )
     uncertainty = meter.result()
+    vector = features.vector() if features is not None else None
     return Case(
         segmentation,
         uncertainty,
         judged(uncertainty, manifest.quality, _concerns(manifest, segmentation, passes)),
         passes,
         entropy_map,
+        vector,
+        reference.judged(vector, manifest, session.reference),
     )
 
 

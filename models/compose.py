@@ -22,6 +22,8 @@ from models.verify import verified_model
 
 COARSE_SPACING_MM = 4.0
 MARGIN_MM = 15.0
+_LEFT = (bundle.CARD, bundle.REFERENCE)
+"""Files of the fine bundle that are not taken over: what is measured there is of whole scans."""
 
 
 def compose(
@@ -91,14 +93,20 @@ def compose(
             coarse=network,
         )
         made = Manifest.model_validate(
-            {**_fields(manifest), "cascade": cascade, "created_at": datetime.now(UTC), "files": {}}
+            {
+                **_fields(manifest),
+                "reference": None,
+                "cascade": cascade,
+                "created_at": datetime.now(UTC),
+                "files": {},
+            }
         )
     except ValidationError as error:
         raise ValueError("; ".join(found["msg"] for found in error.errors())) from error
     facts = {"cascade": bundle.onnx_metadata(made)["cascade"]}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".compose-", dir=out.parent) as scratch:
-        files = {name: fine / name for name in manifest.files if name != bundle.CARD}
+        files = {name: fine / name for name in manifest.files if name not in _LEFT}
         for name in (bundle.MODEL, bundle.MODEL_FLOAT16):
             if name in files:
                 files[name] = Path(scratch) / name
@@ -126,6 +134,7 @@ def card_section(cascade: Cascade) -> str:
             f"{cascade.min_organ_ml:g} ml it counts as not found, and the whole scan is looked at.",
             f"- The mask is made in its box with {cascade.margin_mm:g} mm on each side, by bundle "
             f"`{cascade.fine_digest}`; what was measured above was measured without the cascade.",
+            "- A box is no scan: there is no distance from the training scans.",
             "",
         ]
     )

@@ -34,6 +34,9 @@ class Flipping:
 
     network: Network
     axes: tuple[Axis, ...]
+    upright: Network | None = None
+    """What the windows go through as they are, where that is not `network`: a
+    `models.features.FeatureMeter`, which no mirror image shall reach."""
 
     @property
     def manifest(self) -> Manifest:
@@ -51,18 +54,19 @@ class Flipping:
         total: Float32Array | None = None
         for number, axes in enumerate(subsets, start=1):
             is_last = release_memory and number == len(subsets)
-            logits = self.network.run(
-                np.ascontiguousarray(np.flip(batch, axes)), release_memory=is_last
-            )
+            network = self.network if axes or self.upright is None else self.upright
+            logits = network.run(np.ascontiguousarray(np.flip(batch, axes)), release_memory=is_last)
             own = np.flip(log_softmax(logits), axes)
             total = own if total is None else np.logaddexp(total, own)
         assert total is not None  # the empty subset is one
         return np.asarray(total - np.float32(np.log(len(subsets))), dtype=np.float32)
 
 
-def with_flips(network: Network, axes: Sequence[Axis]) -> Network:
-    """The network with these flips; the network itself where there are none."""
-    return Flipping(network, tuple(axes)) if axes else network
+def with_flips(
+    network: Network, axes: Sequence[Axis], *, upright: Network | None = None
+) -> Network:
+    """The network with these flips; where there are none, what windows go through as they are."""
+    return Flipping(network, tuple(axes), upright) if axes else upright or network
 
 
 def subsets_of(axes: Sequence[Axis]) -> list[tuple[int, ...]]:

@@ -3,8 +3,8 @@
     python -m models.incoming --out=FOLDER --confine=PID -- FILE
 
 The file is a zip or an uncompressed tar of one bundle. Names in it only tell the parts apart:
-`model.onnx`, `manifest.json`, and perhaps `card.md`, `weights.safetensors` and the networks of
-another precision or pass (`models.bundle`), in one folder or in none. A bundle of ours keeps every
+`model.onnx`, `manifest.json`, and perhaps `card.md`, `weights.safetensors`, `reference.npy` and
+the networks of another precision or pass (`models.bundle`), in one folder or in none. A bundle of ours keeps every
 byte, and so its digest. A bare `model.onnx` with a manifest whose `files` are empty is completed:
 digests, and a card that says where it came from.
 
@@ -48,6 +48,7 @@ MAX_BYTES = {
     bundle.WEIGHTS: 4 << 30,
     bundle.MANIFEST: 1 << 20,
     bundle.CARD: 1 << 20,
+    bundle.REFERENCE: 64 << 20,
 }
 """What a bundle may hold, and how large each part may be, unpacked."""
 MAX_PARTS = 16

@@ -11,6 +11,7 @@ N scans, E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,10 @@ MIN_SCANS = 5
 """Below it there is no threshold worth the name."""
 
 Float64Array = NDArray[np.float64]
+Reason = Literal["no_reference", "too_few_scans", "cascade", "nothing_seen"]
+"""Why there is no score: the model came without a reference; it was trained on fewer than
+`MIN_SCANS` scans; it is a cascade, which looks at a box and not at the scan; no window of the scan
+has a body in it, or the network saw nothing in any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +42,18 @@ class Reference:
 class OutOfDistribution:
     """Of one scan: its distance, 0 to 2, and whether it is beyond the threshold."""
 
-    score: float
-    threshold: float
-    is_out: bool
+    score: float | None
+    threshold: float | None
+    is_out: bool | None
     n_reference: int
+    """Scans of the reference."""
+    reason: Reason | None = None
+    """Why the others are None; None where they are not."""
+
+
+def unknown(reason: Reason, n_reference: int = 0) -> OutOfDistribution:
+    """Of a scan that has no score."""
+    return OutOfDistribution(None, None, None, n_reference, reason)
 
 
 def reference_of(vectors: NDArray[np.floating], *, quantile: float = QUANTILE) -> Reference:
@@ -63,6 +76,17 @@ def reference_of(vectors: NDArray[np.floating], *, quantile: float = QUANTILE) -
     np.fill_diagonal(cosines, -np.inf)
     distances = 1.0 - np.sort(cosines, axis=1)[:, -k:].mean(axis=1)  # (N,)
     return Reference(units, k, float(np.quantile(distances, quantile, method="higher")))
+
+
+def restored(vectors: NDArray[np.floating], *, num_neighbours: int, threshold: float) -> Reference:
+    """A reference whose threshold was found before.
+
+    Raises:
+        ValueError: A vector that is zero or not finite, or not as many as neighbours.
+    """
+    if vectors.ndim != 2 or not 1 <= num_neighbours <= len(vectors):
+        raise ValueError(f"{num_neighbours} neighbours of {vectors.shape}")
+    return Reference(_units(vectors), num_neighbours, threshold)
 
 
 def score(vector: NDArray[np.floating], reference: Reference) -> OutOfDistribution:

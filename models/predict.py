@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.volume import Grid, Volume
-from models import preflight
+from models import preflight, reference
 from models.blend import (
     Counter,
     Network,
@@ -35,6 +35,7 @@ from models.blend import (
     window,
 )
 from models.bundle import BundleError, Manifest, volume_input
+from models.ood import OutOfDistribution
 from models.postprocess import Cleaned, Lesions, clean, lesions
 from models.preflight import Preflight
 from models.preprocess import preparation, prepare
@@ -81,6 +82,8 @@ class Embedding:
     """Windows with a body in them, over which the mean was taken."""
     timings_s: dict[str, float]
     """Stages `preprocess`, `infer`, and `total`."""
+    ood: OutOfDistribution
+    """Its distance from the training scans, or why there is none."""
 
 
 def segment(
@@ -289,7 +292,8 @@ def embed(
     if length == 0.0:
         raise BundleError("degenerate_embedding", "the encoder gives a zero vector for this volume")
     vector = (total / length).astype(np.float32)
-    return Embedding(vector, len(weighted), clock.timings_s())
+    distance = reference.judged(vector, session.manifest, session.reference)
+    return Embedding(vector, len(weighted), clock.timings_s(), distance)
 
 
 class Clock:

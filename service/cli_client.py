@@ -223,6 +223,8 @@ def segment(
         if made.result is None:
             fail(made.error.code if made.error else made.state)
         console.print_json(made.result.model_dump_json())
+        if made.result.ood is not None and made.result.ood.is_out:
+            errors.print("out of distribution: the model was not trained on scans like this one")
         if mask is not None:
             client.download_mask(made.id, mask, format=format)
         if preview is not None:
@@ -237,13 +239,15 @@ def embed(
     url: Url = DEFAULT_URL,
     token: Secret = "",
 ) -> None:
-    """Embed a volume; prints the vector as JSON."""
+    """Embed a volume; prints the vector as JSON, and whether the model knows such scans."""
     with talk(url, token) as client:
         with run_progress("embed") as show:
             made = client.embed(volume_id, model, on_event=show)
         if made.result is None:
             fail(made.error.code if made.error else made.state)
         console.print(json.dumps(list(made.result.vector)), soft_wrap=True, highlight=False)
+        if made.result.ood is not None and made.result.ood.is_out:
+            errors.print("out of distribution: the model was not trained on scans like this one")
 
 
 def similar(

@@ -193,6 +193,7 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
         "vector": [float(value) for value in found.vector],
         "dimension": len(found.vector),
         "num_windows": found.num_windows,
+        "ood": asdict(found.ood),
         "timings_s": {
             "model": held.opened_s,
             **found.timings_s,
@@ -213,7 +214,7 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
 
 
 def _looks(model: OnnxSession, case: Case, entropies: StoredMap | None) -> dict[str, Any]:
-    """How the scan was looked at, and how sure the model was."""
+    """How the scan was looked at, how sure the model was, and whether it knows such scans."""
     quality = model.manifest.quality
     return {
         "cascade": asdict(case.cascade) if case.cascade is not None else None,
@@ -225,6 +226,7 @@ def _looks(model: OnnxSession, case: Case, entropies: StoredMap | None) -> dict[
             **asdict(case.quality),
             "max_foreground_entropy": quality.max_foreground_entropy if quality else None,
         },
+        "ood": asdict(case.ood),
     }
 
 

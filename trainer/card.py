@@ -64,9 +64,20 @@ def _input_lines(manifest: Manifest) -> list[str]:
 
 
 def _quality_lines(manifest: Manifest) -> list[str]:
-    """When serving flags a scan, where it does."""
-    quality, recipe = manifest.quality, manifest.recipe
+    """When serving flags a scan or calls it unlike those of training, where it does."""
+    quality, recipe, known = manifest.quality, manifest.recipe, manifest.reference
     lines = []
+    if known is not None and known.threshold is not None:
+        lines.append(
+            f"- A scan is out of distribution where its {known.space} lies further than "
+            f"{known.threshold:.3g} (one minus the mean cosine to the {known.num_neighbours} "
+            f"nearest) from those of {known.num_scans} training scans; the threshold is the "
+            f"{known.quantile:g} quantile of their own distances."
+        )
+    elif known is not None:
+        lines.append(
+            f"- {known.num_scans} training scans are too few to tell whether a scan is like them."
+        )
     if isinstance(recipe, FinetuneRecipe) and recipe.crop is not None:
         around = ", ".join(recipe.crop.labels or recipe.targets)
         lines.append(

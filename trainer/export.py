@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -38,10 +39,11 @@ from models.recipe import (
     Size,
     Size2d,
 )
-from trainer import half
+from trainer import half, reference
 from trainer.build import build, norm_of, num_outputs
 from trainer.card import card_text
 from trainer.checkpoint import State
+from trainer.data.scan_set import ScanFile
 from trainer.errors import DataError, ParityError
 from trainer.report import Report
 
@@ -77,17 +79,43 @@ class PooledEncoder(nn.Module):
         return pooled(self.encoder(image).bottleneck)
 
 
-def publish(state: State, folder: Path, report: Report) -> Path:
+class WithFeatures(nn.Module):
+    """A segmenter that also tells what its encoder made of the window, for `models.features`."""
+
+    def __init__(self, unet: UNet3d) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, I, J, K) to logits (B, L, I, J, K) and the pooled bottleneck (B, 16 W)."""
+        features = self.unet.encoder(image)
+        logits: Tensor = self.unet.out(self.unet.decoder(features))
+        return logits, pooled(features.bottleneck)
+
+
+def publish(
+    state: State,
+    folder: Path,
+    report: Report,
+    scans: Sequence[ScanFile] = (),
+    *,
+    device: torch.device | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Path:
     """Export a checkpoint's network, prove it, and publish its bundle.
 
     Args:
         state: A checkpoint of `trainer.pretrain` or `trainer.finetune`.
         folder: Where the bundle will be; must not exist.
         report: Told of the result.
+        scans: Those of training, which the bundle's reference is made of; without them it has none.
+        device: Where the exported network runs over them; the CPU if None.
+        should_stop: Asked meanwhile.
 
     Raises:
         DataError: `bundle_exists`.
         ParityError: ONNX and torch disagree; nothing is left behind.
+        Preempted: `should_stop` turned true; nothing is left behind.
     """
     if folder.exists():
         raise DataError("bundle_exists", "there is a bundle at the output already")
@@ -97,8 +125,9 @@ def publish(state: State, folder: Path, report: Report) -> Path:
     if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
         assert isinstance(network, UNet3d | ResNetUNet2d)
         served = PooledEncoder(network.encoder)
-    served.eval()
-    written = fold(served) if isinstance(served, UNet3d) else served
+    written = served.eval()
+    if isinstance(served, UNet3d):
+        written, served = WithFeatures(fold(served)), WithFeatures(served)
     manifest = _describe(state, recipe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     report.progress("export", 0, 1)
@@ -119,6 +148,22 @@ def publish(state: State, folder: Path, report: Report) -> Path:
             if all(one.passed for one in proof):
                 files[bundle.MODEL_FLOAT16] = small
                 manifest = manifest.model_copy(update={"parity": (*parity, *proof)})
+        if parity and scans:
+            draft = Path(scratch) / "draft"
+            bundle.save(draft, manifest, {bundle.MODEL: model}, "")
+            kept = Path(scratch) / bundle.REFERENCE
+            known = reference.of_scans(
+                draft,
+                scans,
+                kept,
+                report,
+                device=device or torch.device("cpu"),
+                num_steps=state["step"],
+                should_stop=should_stop,
+            )
+            manifest = manifest.model_copy(update={"reference": known})
+            if known is not None and known.has_file:
+                files[bundle.REFERENCE] = kept
         digest = bundle.save(folder, manifest, files, card_text(manifest))
     report.progress("export", 1, 1)
     report.result(folder.name, digest)
@@ -165,7 +210,7 @@ def to_onnx(network: nn.Module, path: Path, manifest: Manifest, facts: dict[str,
             dynamo=True,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=[manifest.outputs[0].name],
+            output_names=[output.name for output in manifest.outputs],
             dynamic_shapes=(dims,),
             external_data=False,
             verbose=False,
@@ -225,23 +270,26 @@ def _measure(
     found = []
     for kind, image in (("random", random), ("real", real)):
         with torch.inference_mode():
-            expected = network(image).numpy()
-        actual = session.run(None, {"image": image.numpy()})[0]
+            answer = network(image)
+        expected = [one.numpy() for one in (answer if isinstance(answer, tuple) else (answer,))]
+        actual = session.run(None, {"image": image.numpy()})
         shape = tuple(image.shape)
         found.append(_compare(expected, actual, manifest, kind, shape, precision=precision))
     return tuple(found)
 
 
 def _compare(
-    expected: NDArray[np.float32],
-    actual: NDArray[np.float32],
+    all_expected: Sequence[NDArray[np.float32]],
+    all_actual: Sequence[NDArray[np.float32]],
     manifest: Manifest,
     kind: str,
     shape: tuple[int, ...],
     *,
     precision: Precision,
 ) -> Parity:
+    """Of all outputs: of the first everything, of a segmenter's features the cosine."""
     allowed, least = LIMITS[precision]
+    expected, actual = all_expected[0], all_actual[0]
     tolerance = allowed * max(1.0, float(np.abs(expected).max()))
     difference = float(np.abs(expected - actual).max())
     agreement = cosine = None
@@ -250,8 +298,9 @@ def _compare(
     elif manifest.kind == "segmenter":
         agreement = float(((expected > 0) == (actual > 0)).mean())
     elif manifest.kind == "encoder":
-        lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(actual, axis=1)
-        cosine = float(((expected * actual).sum(axis=1) / np.maximum(lengths, 1e-30)).min())
+        cosine = _least_cosine(expected, actual)
+    if len(all_expected) > 1:
+        cosine = _least_cosine(all_expected[1], all_actual[1])
     # Of a classifier's few logits the difference says all that there is to say.
     worst = min((value for value in (agreement, cosine) if value is not None), default=1.0)
     return Parity(
@@ -266,6 +315,12 @@ def _compare(
         # NaN compares false, so it fails too.
         passed=bool(difference <= tolerance and worst >= least),
     )
+
+
+def _least_cosine(expected: NDArray[np.float32], actual: NDArray[np.float32]) -> float:
+    """Of the pairs of rows of (B, E)."""
+    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(actual, axis=1)
+    return float(((expected * actual).sum(axis=1) / np.maximum(lengths, 1e-30)).min())
 
 
 def _describe(state: State, recipe: AnyRecipe) -> Manifest:
@@ -284,6 +339,7 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
     )
     channels: tuple[str, ...] = ("image",) if num_axes == 3 else _COLOURS
     labels: tuple[str, ...] = ()
+    more: tuple[TensorSpec, ...] = ()
     overlap, activation = 0.5, "softmax"
     postprocess = Postprocess()
     match recipe:
@@ -296,6 +352,7 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
             postprocess = recipe.postprocess
             activation = "softmax" if recipe.labels else "sigmoid"
             output = TensorSpec(name="logits", shape=("batch", num_outputs(recipe), *spatial))
+            more = (TensorSpec(name=bundle.FEATURES, shape=("batch", recipe.network.num_features)),)
         case ClassifyRecipe() | ClassifyRecipe2d():
             kind, labels, patch = "classifier", recipe.labels, _patch_of(recipe)
             channels = recipe.channels if isinstance(recipe, ClassifyRecipe) else _COLOURS
@@ -310,7 +367,7 @@ def _describe(state: State, recipe: AnyRecipe) -> Manifest:
         activation=activation,
         channels=channels,
         inputs=(TensorSpec(name="image", shape=("batch", len(channels), *spatial)),),
-        outputs=(output,),
+        outputs=(output, *more),
         preprocessing=recipe.preprocessing,
         patch_size=patch,
         overlap=overlap,

@@ -143,7 +143,14 @@ def run(
         tested = {f"test_{name}": metric for name, metric in task.judge("test").items()}
         report.metric(recipe.num_steps, {name: metric["value"] for name, metric in tested.items()})
         final["metrics"] |= tested
-    return export.publish(final, out / folder.BUNDLE, report)
+    return export.publish(
+        final,
+        out / folder.BUNDLE,
+        report,
+        [scan for scan in scans.of("train") if scan.labels is not None],
+        device=device,
+        should_stop=should_stop,
+    )
 
 
 def _start_from(

@@ -140,7 +140,14 @@ def run(
         return out / folder.BUNDLE
     final = checkpoint.load_newest(out / folder.CHECKPOINTS)
     assert final is not None
-    return export.publish(final, out / folder.BUNDLE, report)
+    return export.publish(
+        final,
+        out / folder.BUNDLE,
+        report,
+        scans.of("train"),
+        device=device,
+        should_stop=should_stop,
+    )
 
 
 def cosine(base: float, step: int, num_steps: int) -> float:

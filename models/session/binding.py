@@ -8,6 +8,7 @@ one thread at a time run the network.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,21 +28,26 @@ class Bound:
         device: `cuda`, or `cpu` (to test, and to compare).
         number: Of the device.
         input_name: The network's input.
-        output_name: The output that is wanted.
+        output_names: The outputs that are wanted.
     """
 
     def __init__(
-        self, inference: Any, *, device: str, number: int, input_name: str, output_name: str
+        self,
+        inference: Any,
+        *,
+        device: str,
+        number: int,
+        input_name: str,
+        output_names: Sequence[str],
     ) -> None:
         self._inference = inference
         self._place = (device, number)
-        self._names = input_name, output_name
+        self._input_name, self._output_names = input_name, tuple(output_names)
         self._buffers: OrderedDict[tuple[int, ...], tuple[Any, Any]] = OrderedDict()
 
-    def run(self, batch: Float32Array, options: Any) -> Float32Array:
-        """Run the network on (B, C, I, J, K); the answer is a copy on the host."""
-        input_name, output_name = self._names
-        source, target = self._buffers.pop(batch.shape, (None, None))
+    def run(self, batch: Float32Array, options: Any) -> tuple[Float32Array, ...]:
+        """Run the network on (B, C, I, J, K); the outputs are copies on the host."""
+        source, targets = self._buffers.pop(batch.shape, (None, None))
         if source is None:
             # Not `ortvalue_from_numpy`: on a CPU its value is the caller's own memory.
             source = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
@@ -49,18 +55,19 @@ class Bound:
             )
         source.update_inplace(batch)
         binding = self._inference.io_binding()
-        binding.bind_ortvalue_input(input_name, source)
-        if target is None:
-            binding.bind_output(output_name, *self._place)
-        else:
-            binding.bind_ortvalue_output(output_name, target)
+        binding.bind_ortvalue_input(self._input_name, source)
+        for number, name in enumerate(self._output_names):
+            if targets is None:
+                binding.bind_output(name, *self._place)
+            else:
+                binding.bind_ortvalue_output(name, targets[number])
         self._inference.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
-        (target,) = binding.get_outputs()
-        self._buffers[batch.shape] = source, target
+        targets = binding.get_outputs()
+        self._buffers[batch.shape] = source, targets
         while len(self._buffers) > MAX_SHAPES:
             self._buffers.popitem(last=False)
-        return np.array(target.numpy(), dtype=np.float32)
+        return tuple(np.array(target.numpy(), dtype=np.float32) for target in targets)
 
     def forget(self) -> None:
         """Let the buffers go."""

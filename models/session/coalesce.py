@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from models.bundle import BundleError
 
 Float32Array = NDArray[np.float32]
+Outputs = tuple[Float32Array, ...]
+"""Of a run, each with the batch as its first axis."""
 MAX_VOXELS = 1 << 20
 """Input voxels of batches taken together; as many as the engine puts into one of its own."""
 
@@ -24,7 +26,7 @@ MAX_VOXELS = 1 << 20
 class _Job:
     batch: Float32Array
     release_memory: bool
-    answer: Float32Array | None = None
+    answer: Outputs | None = None
     error: BaseException | None = None
     is_done: bool = False
 
@@ -36,7 +38,7 @@ class Coalescer:
         run: The network: a batch, and whether to give working memory back afterwards.
     """
 
-    def __init__(self, run: Callable[[Float32Array, bool], Float32Array]) -> None:
+    def __init__(self, run: Callable[[Float32Array, bool], Outputs]) -> None:
         self._run = run
         self._waiting: list[_Job] = []
         self._is_busy = False
@@ -44,8 +46,8 @@ class Coalescer:
         self.num_runs = 0
         """Of the network, since the start."""
 
-    def __call__(self, batch: Float32Array, release_memory: bool) -> Float32Array:
-        """The network's answer to a batch; raises what the network raised on it."""
+    def __call__(self, batch: Float32Array, release_memory: bool) -> Outputs:
+        """The network's outputs for a batch; raises what the network raised on it."""
         job = _Job(batch, release_memory)
         with self._changed:
             self._waiting.append(job)
@@ -90,8 +92,9 @@ class Coalescer:
             else:
                 first = 0
                 for job in jobs:
-                    job.answer = answers[first : first + len(job.batch)]
-                    first += len(job.batch)
+                    stop = first + len(job.batch)
+                    job.answer = tuple(answer[first:stop] for answer in answers)
+                    first = stop
                 return
         for job in jobs:
             try:
@@ -99,6 +102,6 @@ class Coalescer:
             except BaseException as error:  # noqa: BLE001 - raised again in the job's own thread
                 job.error = error
 
-    def _once(self, batch: Float32Array, release_memory: bool) -> Float32Array:
+    def _once(self, batch: Float32Array, release_memory: bool) -> Outputs:
         self.num_runs += 1
         return self._run(batch, release_memory)

@@ -15,9 +15,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from models.bundle import BundleError, Manifest
+from models.bundle import BundleError, Manifest, features_of
 from models.session.binding import Bound
-from models.session.coalesce import Coalescer
+from models.session.coalesce import Coalescer, Outputs
 from models.session.memory import allocation_failure, resident_memory_bytes
 from models.session.providers import Device
 
@@ -54,48 +54,47 @@ class Network:
         before_bytes: int,
     ) -> None:
         self._inference = inference
-        self._names = manifest.inputs[0].name, manifest.outputs[0].name
+        self._input_name, self._output_names = manifest.inputs[0].name, [manifest.outputs[0].name]
+        if (features := features_of(manifest)) is not None:
+            self._output_names.append(features.name)
         self._device = device
         self._run_limit_s = run_limit_s
         self._before_bytes = before_bytes
         self._bound: Bound | None = None
         if device.is_gpu:
-            input_name, output_name = self._names
             self._bound = Bound(
                 inference,
                 device="cuda",
                 number=device.number,
-                input_name=input_name,
-                output_name=output_name,
+                input_name=self._input_name,
+                output_names=self._output_names,
             )
         self.run_together = Coalescer(self._run)
         self.grown_bytes = 0
         """By how much the process grew from before the opening until after the first run."""
 
-    def _run(self, batch: Float32Array, release_memory: bool) -> Float32Array:
+    def _run(self, batch: Float32Array, release_memory: bool) -> Outputs:
         options = onnxruntime.RunOptions()
         if release_memory:
             arena = f"gpu:{self._device.number}" if self._device.is_gpu else "cpu:0"
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         with _time_limit(options, self._run_limit_s) as over:
             try:
-                output = self._output(np.ascontiguousarray(batch), options)
+                outputs = self._outputs(np.ascontiguousarray(batch), options)
             except FAILURES as error:
                 if self._bound is not None:
                     self._bound.forget()
                 raise self._failure(error, is_over=over.is_set()) from error
-        if not np.isfinite(output).all():
+        if not all(np.isfinite(output).all() for output in outputs):
             raise BundleError("non_finite_output", "the network's output is not finite")
         if self.grown_bytes == 0:
             self.grown_bytes = max(resident_memory_bytes() - self._before_bytes, 1)
-        return np.asarray(output, dtype=np.float32)
+        return tuple(np.asarray(output, dtype=np.float32) for output in outputs)
 
-    def _output(self, batch: Float32Array, options: Any) -> Any:
+    def _outputs(self, batch: Float32Array, options: Any) -> Any:
         if self._bound is not None:
             return self._bound.run(batch, options)
-        input_name, output_name = self._names
-        (output,) = self._inference.run([output_name], {input_name: batch}, options)
-        return output
+        return self._inference.run(self._output_names, {self._input_name: batch}, options)
 
     def _failure(self, error: BaseException, *, is_over: bool) -> BundleError:
         if is_over:

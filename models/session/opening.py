@@ -14,8 +14,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from models import bundle
-from models.bundle import BundleError, Manifest
+from models import bundle, ood, reference
+from models.bundle import BundleError, Manifest, features_of
+from models.session.coalesce import Outputs
 from models.session.memory import allocation_failure, resident_memory_bytes
 from models.session.network import FAILURES, Network, first_line
 from models.session.providers import (
@@ -52,6 +53,8 @@ class OnnxSession:
     max_batch: int | None
     """Windows that the network gets at once; a larger batch is run in parts."""
     _network: Network = field(repr=False)
+    reference: ood.Reference | None = field(default=None, repr=False)
+    """The training set's embeddings; None where the bundle has none, or too few."""
 
     def run(self, batch: Float32Array, *, release_memory: bool = False) -> Float32Array:
         """Run the network.
@@ -70,6 +73,35 @@ class OnnxSession:
                 `host_out_of_memory` or `gpu_out_of_memory` (`models.session.OUT_OF_MEMORY`).
             ValueError: The batch is not float32 in the shape of the manifest's input.
         """
+        return self._outputs(batch, release_memory=release_memory)[0]
+
+    @property
+    def has_features(self) -> bool:
+        """Whether `run_with_features` may be called."""
+        return features_of(self.manifest) is not None
+
+    def run_with_features(
+        self, batch: Float32Array, *, release_memory: bool = False
+    ) -> tuple[Float32Array, Float32Array]:
+        """Run a segmenter once, for its logits and for what its encoder made of each window.
+
+        Args:
+            batch: As of `run`.
+            release_memory: As of `run`.
+
+        Returns:
+            Logits (B, L, I, J, K) and features (B, E).
+
+        Raises:
+            BundleError: As `run`; `wrong_model_kind` where the network has no such output.
+            ValueError: As `run`.
+        """
+        if not self.has_features:
+            raise BundleError("wrong_model_kind", "the network gives no features")
+        logits, features = self._outputs(batch, release_memory=release_memory)
+        return logits, features
+
+    def _outputs(self, batch: Float32Array, *, release_memory: bool) -> Outputs:
         expected = self.manifest.inputs[0].shape
         fits = batch.ndim == len(expected) and batch.shape[1] == expected[1]
         if not fits or batch.dtype != np.float32:
@@ -80,7 +112,9 @@ class OnnxSession:
             part = batch[first : first + at_once]
             is_last = first + at_once >= len(batch)
             answers.append(self._network.run_together(part, release_memory and is_last))
-        return answers[0] if len(answers) == 1 else np.concatenate(answers)
+        if len(answers) == 1:
+            return answers[0]
+        return tuple(np.concatenate(parts) for parts in zip(*answers, strict=True))
 
     def warm_up(self) -> float:
         """Run one empty window, so that no request pays for the first run; seconds that it took."""
@@ -177,6 +211,7 @@ def open_session(
         asked.provider if used != asked else None,
         max_batch,
         Network(inference, manifest, used, run_limit_s=run_limit_s, before_bytes=before_bytes),
+        reference.load(bundle_dir, manifest) if part == "model" else None,
     )
 
 

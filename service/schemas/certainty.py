@@ -55,6 +55,20 @@ class Uncertainty(Answer):
     map: EntropyMap | None = Field(None, description="Null unless `uncertainty` was asked for.")
 
 
+class OutOfDistribution(Answer):
+    """How far the scan lies from those that the model was trained on."""
+
+    score: float | None = Field(
+        description="One minus the mean cosine to the nearest training scans, 0 to 2."
+    )
+    threshold: float | None = Field(description="From the training scans' own distances.")
+    is_out: bool | None = Field(description="The score is above the threshold.")
+    n_reference: int = Field(description="Training scans behind it.")
+    reason: Literal["no_reference", "too_few_scans", "cascade", "nothing_seen"] | None = Field(
+        None, description="Why there is no score; null where there is one."
+    )
+
+
 class QualityFlag(Answer):
     """Whether somebody should look at the result."""
 

@@ -28,7 +28,13 @@ from service.schemas.base import (
     VolumeKind,
     page_of,
 )
-from service.schemas.certainty import Axis, CascadePasses, QualityFlag, Uncertainty
+from service.schemas.certainty import (
+    Axis,
+    CascadePasses,
+    OutOfDistribution,
+    QualityFlag,
+    Uncertainty,
+)
 from service.schemas.runs import ModelPointer, Progress, RunError
 
 AXES: tuple[Axis, ...] = ("i", "j", "k")
@@ -127,6 +133,13 @@ _INFERENCE: JsonDict = {
 }
 
 
+_OOD: JsonDict = {
+    "score": 0.021,
+    "threshold": 0.034,
+    "is_out": False,
+    "n_reference": 92,
+    "reason": None,
+}
 _CERTIFICATE: JsonDict = {
     "format": "nifti",
     "readers": ["imaging.geometry (NIfTI-1 header by its bytes)", "SimpleITK 2.5.7"],
@@ -274,6 +287,7 @@ class SegmentationResult(Ran):
     )
     uncertainty: Uncertainty | None = None
     quality: QualityFlag | None = None
+    ood: OutOfDistribution | None = Field(None, description="Null in results of before there was.")
     preflight: Preflight | None = None
     certificate: Certificate | None = Field(None, description="Of the NIfTI mask.")
     files: tuple[ResultFile, ...] = ()
@@ -334,6 +348,7 @@ class Segmentation(Inference):
                             "max_foreground_entropy": 0.11,
                         },
                         "bundle_digest": SHA,
+                        "ood": _OOD,
                         "provider": "CPUExecutionProvider",
                         "precision": "float32",
                         "model_was_resident": True,
@@ -377,6 +392,7 @@ class EmbeddingResult(Ran):
 
     vector: tuple[float, ...]
     num_windows: int
+    ood: OutOfDistribution | None = Field(None, description="Null in results of before there was.")
     timings_s: dict[str, float]
 
 
@@ -393,6 +409,7 @@ class Embedding(Inference):
                     "result": {
                         "vector": [0.6, 0.8],
                         "num_windows": 12,
+                        "ood": _OOD,
                         "timings_s": {"model": 0.5},
                     },
                 }

@@ -86,11 +86,11 @@ def test_bound_buffers_are_reused_and_their_answers_are_copies(random_conv_model
     inference = onnxruntime.InferenceSession(
         random_conv_model.SerializeToString(), options, providers=[CPU]
     )
-    bound = Bound(inference, device="cpu", number=0, input_name="image", output_name="logits")
+    bound = Bound(inference, device="cpu", number=0, input_name="image", output_names=["logits"])
     random = np.random.default_rng(0)
     batches = [random.normal(size=(n, 1, 8, 8, 8)).astype(np.float32) for n in (2, 2, 1, 3, 2)]
 
-    found = [bound.run(batch, onnxruntime.RunOptions()) for batch in batches]
+    found = [bound.run(batch, onnxruntime.RunOptions())[0] for batch in batches]
 
     for batch, answer in zip(batches, found, strict=True):  # also the first, after its reuse
         np.testing.assert_array_equal(answer, inference.run(None, {"image": batch})[0])

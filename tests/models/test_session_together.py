@@ -24,7 +24,7 @@ class Slow:
             raise BundleError("inference_failed", "13")
         if len(batch) > 1 and (batch == 17.0).any():
             raise MemoryError
-        return batch * 2.0
+        return (batch * 2.0,)
 
 
 def ask_all(values, shape=(1, 1, 2, 2, 2)):
@@ -35,7 +35,7 @@ def ask_all(values, shape=(1, 1, 2, 2, 2)):
 
     def ask(value):
         try:
-            found[value] = together(np.full(shape, value, np.float32), False)
+            (found[value],) = together(np.full(shape, value, np.float32), False)
         except BundleError as error:
             found[value] = error
 
@@ -84,7 +84,7 @@ def test_large_batches_are_not_run_together():
 
 
 def test_a_lone_caller_waits_for_nobody():
-    network = Coalescer(lambda batch, _release: batch)
+    network = Coalescer(lambda batch, _release: (batch,))
 
     for _ in range(3):
         network(np.zeros((1, 1, 2, 2, 2), np.float32), True)

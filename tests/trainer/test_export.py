@@ -38,10 +38,11 @@ def test_a_segmenter_is_published_with_its_facts(
     session = onnxruntime.InferenceSession(
         folder / "model.onnx", providers=["CPUExecutionProvider"]
     )
-    logits = session.run(None, {"image": np.zeros((1, 1, 8, 16, 24), np.float32)})[0]
+    logits, features = session.run(None, {"image": np.zeros((1, 1, 8, 16, 24), np.float32)})
     facts = session.get_modelmeta().custom_metadata_map
     model = onnx.load(folder / "model.onnx")
-    assert logits.shape == (1, 3, 8, 16, 24)
+    assert logits.shape == (1, 3, 8, 16, 24) and features.shape == (1, 32)
+    assert all(p.embedding_cosine > 0.9999 for p in manifest.parity if p.precision == "float32")
     assert manifest.kind == "segmenter" and manifest.labels == ("organ", "lesion")
     assert {p.input_kind for p in manifest.parity} == {"random", "real"}
     assert all(p.passed for p in manifest.parity)
@@ -96,7 +97,7 @@ def test_a_model_that_disagrees_leaves_no_bundle(
 
     def perturbed(network: torch.nn.Module, *arguments: object) -> None:
         with torch.no_grad():  # the file gets other weights than torch has
-            network.out.bias += torch.tensor([0.0, 0.3, 0.0])
+            network.unet.out.bias += torch.tensor([0.0, 0.3, 0.0])
         faithful(network, *arguments)
 
     monkeypatch.setattr(export, "to_onnx", perturbed)
