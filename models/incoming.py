@@ -3,10 +3,10 @@
     python -m models.incoming --out=FOLDER --confine=PID -- FILE
 
 The file is a zip or an uncompressed tar of one bundle. Names in it only tell the parts apart:
-`model.onnx`, `manifest.json`, and perhaps `card.md`, `weights.safetensors`, `reference.npy` and
-the networks of another precision or pass (`models.bundle`), in one folder or in none. A bundle of ours keeps every
-byte, and so its digest. A bare `model.onnx` with a manifest whose `files` are empty is completed:
-digests, and a card that says where it came from.
+`model.onnx`, `manifest.json`, and perhaps `card.md`, `weights.safetensors`, `reference.npy` and the
+networks of another precision or pass (`models.bundle`), in one folder or in none. A bundle of ours
+keeps every byte, and so its digest. A bare `model.onnx` with a manifest whose `files` are empty is
+completed: digests, and a card that says where it came from.
 
 The child gives up network, other programs and files (`imaging.confine`) before it reads a byte; it
 refuses pickles (whatever is not safetensors), external data, operators beyond ONNX's own, loops;
