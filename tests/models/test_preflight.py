@@ -12,7 +12,7 @@ import pytest
 
 from imaging import nifti
 from imaging.volume import Volume
-from models import memory, preflight
+from models import memory, preflight, windows
 from models.bundle import BundleError, TensorSpec
 from models.predict import segment
 from models.recipe import Preprocessing
@@ -152,7 +152,7 @@ def test_a_smaller_batch_is_tried_first(make_bundle, thresholds):
     assert tight.predicted_bytes < free.predicted_bytes
 
 
-def test_windows_grow_to_fit_a_volume_and_shrink_again_where_memory_is_short(wide):
+def test_windows_are_those_of_training_unless_larger_ones_are_allowed(wide, monkeypatch):
     declared = TensorSpec(name="image", shape=("batch", 1, "8*i", "8*j", "8*k"))
 
     def manifest(patch, inputs):
@@ -163,6 +163,8 @@ def test_windows_grow_to_fit_a_volume_and_shrink_again_where_memory_is_short(wid
     free = declared.model_copy(update={"shape": ("batch", 1, "i", "j", "k")})
     shape = (108, 108, 139)
 
+    assert serving_windows(manifest((96, 96, 64), declared), shape).size == (96, 96, 64)
+    monkeypatch.setattr(windows, "LARGEST_WINDOW", 1.5)
     assert serving_windows(manifest((96, 96, 64), declared), shape).size == (112, 112, 80)
     assert serving_windows(manifest((96, 96, 64), declared)).size == (96, 96, 64)
     assert serving_windows(manifest((96, 96, 64), free), shape).size == (96, 96, 64)

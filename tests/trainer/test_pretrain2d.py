@@ -291,7 +291,7 @@ def test_a_folder_of_png_becomes_an_encoder_however_often_it_is_killed(
     killed, before = trainer(*arguments, kill_at=4)
     status, events = trainer(*arguments)
     with pytest.MonkeyPatch.context() as patch:  # one export is enough
-        patch.setattr(export, "publish", lambda *_: tmp_path)
+        patch.setattr(export, "publish", lambda *_, **__: tmp_path)
         pretrain.run(
             recipe, discover(films, dims=2), tmp_path / "whole", report,
             device=CPU, should_stop=lambda: False,
