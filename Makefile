@@ -33,7 +33,7 @@ up: $(STAMP) ## Start the embedded stack until Ctrl-C
 test: $(STAMP) ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-chaos: $(STAMP) ## 60 uploads under 8 random kills of every process (part of `make test`)
+chaos: $(STAMP) ## 60 uploads under 8 random kills of every process (`make test` has 20 under 4)
 	$(BIN)/python -m benchmarks.chaos --uploads 60 --kills 8
 
 chaos-full: $(STAMP) ## 500 uploads under 50 kills, the embedded pair, every reliability test at length
