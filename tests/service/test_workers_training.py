@@ -85,7 +85,7 @@ def settings(request, tmp_path):
         }
     settings = Settings(
         data_dir=tmp_path / "data",
-        lease_s=2.0,
+        lease_s=4.0,
         heartbeat_s=0.4,
         suspect_s=0.5,
         dispatch_interval_s=0.2,
