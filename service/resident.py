@@ -77,7 +77,7 @@ def cache_of(max_bytes: int) -> SessionCache:
     return SessionCache(max_bytes)
 
 
-def hold(settings: Settings, store: Store, digest: str, *, max_batch: int | None = None) -> Held:
+def hold(settings: Settings, store: Store, digest: str) -> Held:
     """The model of a bundle, loaded if it is not resident.
 
     Raises:
@@ -86,7 +86,7 @@ def hold(settings: Settings, store: Store, digest: str, *, max_batch: int | None
     began = time.monotonic()
     sessions = cache_of(settings.session_cache_bytes)
     was_resident = sessions.is_live(digest)
-    session = sessions.get(digest, lambda: _open(settings, store, digest, max_batch))
+    session = sessions.get(digest, lambda: _open(settings, store, digest))
     return Held(session, was_resident, time.monotonic() - began)
 
 
@@ -99,10 +99,12 @@ def coarse_of(settings: Settings, store: Store, held: Held) -> OnnxSession | Non
     spec = held.session.manifest.cascade
     if spec is None or spec.coarse is None:
         return None
-    digest, at_once = held.session.digest, held.session.max_batch
-    return cache_of(settings.session_cache_bytes).get(
-        coarse_key(digest), lambda: _open(settings, store, digest, at_once, part="coarse")
+    digest = held.session.digest
+    found = cache_of(settings.session_cache_bytes).get(
+        coarse_key(digest), lambda: _open(settings, store, digest, part="coarse")
     )
+    at_once = held.session.max_batch
+    return found if at_once is None else replace(found, max_batch=at_once)
 
 
 def is_whole(settings: Settings, digest: str) -> bool:
@@ -142,8 +144,8 @@ def using(settings: Settings, store: Store, digest: str, work: Callable[[Held], 
     logger.warning("%s: once more, window by window", code)
     forget(settings, digest)
     try:
-        held = hold(settings, store, digest, max_batch=1)
-        one_by_one = replace(held.session, max_batch=1)  # the warmer may have been faster
+        held = hold(settings, store, digest)
+        one_by_one = replace(held.session, max_batch=1)  # for this request; others are as before
         return work(Held(one_by_one, False, held.opened_s, retried_after=code))
     except (BundleError, MemoryError) as error:
         code, detail = _lack_of_memory(error)
@@ -173,7 +175,6 @@ def _open(
     settings: Settings,
     store: Store,
     digest: str,
-    max_batch: int | None,
     *,
     part: Literal["model", "coarse"] = "model",
 ) -> OnnxSession:
@@ -189,6 +190,5 @@ def _open(
         ),
         cpu_fallback=settings.cpu_fallback,
         precision=settings.precision,
-        max_batch=max_batch,
         part=part,
     )

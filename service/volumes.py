@@ -81,7 +81,7 @@ def ingest(
     """
     there = None if policy else find(session, sha256, kind, subject, series_uid)
     session.commit()
-    if there is not None:
+    if there is not None and there.original_removed_at is None:
         return there, False
     sent = [] if path else [sha256]
     try:

@@ -105,7 +105,7 @@ class Warmer:
         while True:
             try:
                 self.once()
-            except SQLAlchemyError as error:  # the database is away: look again
+            except (SQLAlchemyError, OSError, MemoryError) as error:  # look again
                 logger.warning("warming: %s", type(error).__name__)
             if self._stop.wait(LOOK_S):
                 return

@@ -164,7 +164,7 @@ def download_preview(
         "NIfTI (.nii.gz), uint8, 255 is an entropy of 1; on the grid of the scan as sent",
         files.BYTES,
     )
-    | docs.problems("invalid_request", "not_found", "not_ready", "blob_corrupt"),
+    | docs.problems("invalid_request", "not_found", "not_ready", "blob_corrupt", "no_longer_kept"),
 )
 def download_uncertainty(
     segmentation_id: schemas.SegmentationId,

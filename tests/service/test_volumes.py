@@ -3,6 +3,7 @@
 import io
 import stat
 import zipfile
+from datetime import UTC, datetime
 
 import numpy as np
 import pydicom
@@ -186,6 +187,20 @@ def test_the_same_bytes_again_are_the_same_volume(session, store, tmp_path):
     other, created = ingest(session, store, content, subject="subject-2")
     assert created
     assert other.id != first.id
+
+
+@pytest.mark.parametrize("policy", [DEFAULT, None])
+def test_a_file_that_was_removed_and_is_sent_again_is_there_again(session, store, tmp_path, policy):
+    content = nifti_bytes(tmp_path)
+    first, _ = ingest(session, store, content, policy=policy)
+    first.original_removed_at = datetime.now(UTC)
+    session.commit()
+    store.delete_blob(first.original_sha256)
+
+    again, created = ingest(session, store, content, policy=policy)
+
+    assert (again.id, created, again.original_removed_at) == (first.id, False, None)
+    assert store.verify(again.original_sha256)
 
 
 @pytest.mark.parametrize(
