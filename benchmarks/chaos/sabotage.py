@@ -14,6 +14,7 @@ from typing import Any
 from service import runs
 from service.db import Run
 from service.lease import Keeper
+from service.runs import writing
 
 
 def _anyone(lease: runs.Lease, states: object = None) -> Any:
@@ -23,7 +24,7 @@ def _anyone(lease: runs.Lease, states: object = None) -> Any:
 def apply(without: str) -> None:
     """Take one of the protections away from this process."""
     if without == "fencing":
-        runs._is_ours = _anyone
+        writing.is_ours = _anyone
         Keeper.fenced = property(lambda self: False)  # type: ignore[method-assign, assignment]
     elif without == "republishing":
         runs.due = lambda session, *, limit=50: []

@@ -7,6 +7,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
@@ -19,7 +20,7 @@ from sqlalchemy import delete, event, update
 from service import db, migrate, runs
 from service.db import Run, RunState, db_now
 from service.errors import ServiceError
-from service.runs import Fenced
+from service.runs import Fenced, writing
 
 MAX_ATTEMPTS = 3
 IS_FULL = os.environ.get("PCRL_CHAOS_FULL") == "1"
@@ -143,7 +144,7 @@ class Runs(RuleBasedStateMachine):
     def cancel(self, data):
         if not self.fences:
             return
-        run_id = data.draw(st.sampled_from(sorted(self.fences)))
+        run_id = data.draw(st.sampled_from(list(self.fences)))
         with self.sessions() as session:
             try:
                 state = runs.request_cancel(session, run_id).state
@@ -218,7 +219,8 @@ def test_t_c9_the_invariants_hold_on_postgresql(postgres_url):
 
 
 def test_t_c9_without_the_fence_the_machine_finds_it(sqlite_url, monkeypatch):
-    monkeypatch.setattr(runs, "_is_ours", lambda lease, states=None: Run.id == lease.run_id)
+    monkeypatch.setattr(writing, "is_ours", lambda lease, states=None: Run.id == lease.run_id)
 
-    with pytest.raises(AssertionError):
+    # Ids are random and decide between runs of one millisecond: what was found may not replay.
+    with pytest.raises((AssertionError, FlakyFailure)):
         examine(sqlite_url, examples=40, is_control=True)
