@@ -34,11 +34,11 @@ from typer.testing import CliRunner
 from imaging import phantom, phantom_dicom
 from imaging.dicom_header import patient_key, quiet
 from service import auth, client_upload, db, migrate
-from service import client as client_module
 from service.app import create_app
 from service.auth import Role
 from service.cli import app as cli
 from service.client import Client
+from service.client import scans as client_module
 from service.settings import Settings
 from service.stack import Stack
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from benchmarks import hostile
 from benchmarks.real_api import Growth, RealApi, processor_s
 from imaging import nifti
-from service import client as client_module
 from service.cli import app
 from service.client import ApiError, Client
+from service.client import scans as client_module
 from service.uploads import CHUNK_BYTES
 
 MIB = 1 << 20

@@ -90,7 +90,7 @@ def test_where_streams_do_not_get_through_the_client_asks_and_tells_the_same(
         raise ApiError(0, "unreachable", "a proxy held the stream back")
 
     monkeypatch.setattr(client, "_stream", broken)
-    monkeypatch.setattr("service.client.POLL_S", 0.01)
+    monkeypatch.setattr("service.client.runs.POLL_S", 0.01)
     client.wait(run.id, lambda event: listed.append(event.id), timeout_s=30)
 
     assert listed == streamed
