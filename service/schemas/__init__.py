@@ -63,28 +63,17 @@ from service.schemas.datasets import (
     DatasetSummary,
     SplitCreate,
 )
-from service.schemas.health import Capabilities, Check, Health, Readiness
-from service.schemas.inference import (
-    Certificate,
+from service.schemas.embeddings import (
     Embedding,
     EmbeddingPage,
     EmbeddingResult,
     EmbeddingSearch,
-    Inference,
-    InferenceCreate,
-    LabelFound,
-    Lesion,
-    Lesions,
-    NotMade,
-    ResultFile,
     SearchFilters,
-    Segmentation,
-    SegmentationCreate,
-    SegmentationPage,
-    SegmentationResult,
     SimilarCase,
     SimilarCases,
 )
+from service.schemas.health import Capabilities, Check, Health, Readiness
+from service.schemas.inference import Inference, InferenceCreate
 from service.schemas.models import (
     Alias,
     AliasSet,
@@ -115,6 +104,18 @@ from service.schemas.runs import (
     RunError,
     RunMetrics,
     RunPage,
+)
+from service.schemas.segmentations import (
+    Certificate,
+    LabelFound,
+    Lesion,
+    Lesions,
+    NotMade,
+    ResultFile,
+    Segmentation,
+    SegmentationCreate,
+    SegmentationPage,
+    SegmentationResult,
 )
 from service.schemas.volumes import SkippedMember, Upload, UploadCreate, Volume, VolumePage
 
