@@ -96,10 +96,20 @@ def random_network(width: int, num_labels: int, *, fused: bool = True) -> UNet3d
     return network.eval()
 
 
-def trained(cache: Path, *, width: int, num_steps: int, threads: int) -> Path:
+def trained(
+    cache: Path,
+    *,
+    width: int,
+    num_steps: int,
+    threads: int,
+    spacing_mm: float = SPACING_MM[0],
+    patch: Size = TRAINED_PATCH,
+) -> Path:
     """A segmenter of the liver, learned once and kept under `cache`; see the module."""
     is_real = SHARED.is_dir()
     out = cache / f"{'btcv' if is_real else 'phantom'}-w{width}-s{num_steps}"
+    if spacing_mm != SPACING_MM[0]:
+        out = out.with_name(f"{out.name}-{spacing_mm:g}mm")
     if (out / "bundle").is_dir():
         return out / "bundle"
     scans = _real_scans(cache) if is_real else _phantoms(cache)
@@ -108,9 +118,9 @@ def trained(cache: Path, *, width: int, num_steps: int, threads: int) -> Path:
         labels={"liver": LIVER_IN_BTCV if is_real else phantom.LIVER},
         unlisted_labels="background",
         preprocessing=Preprocessing(
-            spacing_mm=SPACING_MM, intensity=Window(low_hu=-125.0, high_hu=275.0)
+            spacing_mm=(spacing_mm,) * 3, intensity=Window(low_hu=-125.0, high_hu=275.0)
         ),
-        patch_size=TRAINED_PATCH,
+        patch_size=patch,
         batch_size=1,
         learning_rate=1e-3,
         schedule="cosine",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from imaging.resample import resampled_grid
 from imaging.volume import Shape, Volume
 from models import box, compose
 from models.box import Box
-from models.cascade import segment_case
+from models.cascade import Passes, segment_case
 from models.session import open_session
 from models.tiling import window_starts
 
@@ -35,37 +35,58 @@ Labels = NDArray[np.uint8]
 Result = dict[str, object]
 
 
-def contender(
-    folder: Path,
-    scratch: Path,
-    volume: Volume,
-    *,
-    coarse: Path | None = None,
-    organ: str = "liver",
-    threads: int = 2,
-) -> Callable[[], Labels]:
-    """Segments the volume by a cascade of a bundle; for `work` of `bench_inference.speed`.
+class Contender:
+    """Segments a volume by a cascade of bundles.
 
     Args:
-        folder: The bundle that makes the mask.
+        fine: The bundle that makes the mask.
         scratch: Where the composed bundle goes.
         volume: The CT.
-        coarse: The bundle that finds the organ; `folder` at 4 mm if None.
+        coarse: The bundle that finds the organ; `fine` at 4 mm if None.
         organ: What is looked for.
+        device: `cpu` or `cuda`.
         threads: Of onnxruntime.
     """
-    out = scratch / "cascade"
-    compose.compose(
-        out,
-        folder,
-        coarse,
-        organ=organ,
-        margin_mm=MARGIN_MM,
-        coarse_spacing_mm=COARSE_MM if coarse is None else None,
-    )
-    session = open_session(out, num_threads=threads)
-    finder = open_session(out, num_threads=threads, part="coarse") if coarse is not None else None
-    return lambda: segment_case(session, volume, coarse=finder).segmentation.labels
+
+    def __init__(
+        self,
+        fine: Path,
+        scratch: Path,
+        volume: Volume,
+        *,
+        coarse: Path | None = None,
+        organ: str = "liver",
+        device: str = "cpu",
+        threads: int = 2,
+    ) -> None:
+        out = scratch / "cascade"
+        compose.compose(
+            out,
+            fine,
+            coarse,
+            organ=organ,
+            margin_mm=MARGIN_MM,
+            coarse_spacing_mm=COARSE_MM if coarse is None else None,
+        )
+        self._volume = volume
+        self._session = open_session(out, device=device, num_threads=threads)
+        self._finder = (
+            open_session(out, device=device, num_threads=threads, part="coarse")
+            if coarse is not None
+            else None
+        )
+        self._last: Passes | None = None
+
+    def segment(self) -> Labels:
+        """The mask, (I, J, K) on the volume's grid."""
+        case = segment_case(self._session, self._volume, coarse=self._finder)
+        self._last = case.cascade
+        return case.segmentation.labels
+
+    def passes(self) -> Result:
+        """What the two passes of the last segmentation did."""
+        assert self._last is not None
+        return asdict(self._last)
 
 
 def windows_saved(
