@@ -24,6 +24,7 @@
     geometry       the certificate that a mask lies on its source grid
     preview        overlay PNG
     results        the mask as DICOM SEG, RTSTRUCT and SR, certified
+    datasets       public data sets in their own layouts: what of a folder to import
     phantom        synthetic abdominal CT
     phantom_dicom  a synthetic volume as a DICOM series
 

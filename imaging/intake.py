@@ -69,7 +69,9 @@ class Scan:
     """The file of each of `slices`."""
 
 
-def read_scan(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan:
+def read_scan(
+    path: Path, *, kind: Kind, series_uid: str | None = None, beside: Path | None = None
+) -> Scan:
     """Read a NIfTI, NRRD, MetaImage or DICOM file, a zip of files, or a folder.
 
     A tilted or unevenly spaced DICOM series becomes an image on a regular grid (`slices`); as
@@ -79,12 +81,18 @@ def read_scan(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan:
         path: What was sent in.
         kind: `image` gives int16 or float32 voxels; `labels` whole numbers 0..255 as uint8.
         series_uid: Which DICOM series, where there are several.
+        beside: The voxels of a detached header, where `path` is one. The caller names the file;
+            what the header says of it is not followed.
 
     Raises:
         ScanError: Any code of `docs/architecture.md`.
     """
+    may_resample = kind == "image"
     try:
-        scan = _read(path, series_uid, may_resample=kind == "image")
+        if beside is None:
+            scan = _read(path, series_uid, may_resample)
+        else:
+            scan = _from_many([path, beside], series_uid, may_resample)
         voxels = _as_labels(scan.volume.voxels) if kind == "labels" else _as_image(scan.volume)
     except ScanError:
         raise
@@ -97,7 +105,7 @@ def read_scan(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan:
     return replace(scan, volume=Volume(voxels, scan.volume.affine))
 
 
-def _read(path: Path, series_uid: str | None, *, may_resample: bool) -> Scan:
+def _read(path: Path, series_uid: str | None, may_resample: bool) -> Scan:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.is_symlink())
         if len(files) > MAX_MEMBERS:

@@ -20,6 +20,9 @@ MAX_VOXELS = 512 * 512 * 2048
 MAX_SIDE = 8192
 """Voxels along one axis of a volume; slices are handled one by one, so their number costs time."""
 
+MAX_CHANNELS = 64
+"""Of a file that holds several images of one place; MR protocols have four."""
+
 MAX_PIXELS = 1 << 26
 """Pixels of one 2D image: four times a large mammogram; stitched long-leg radiographs have 3e7."""
 

@@ -24,7 +24,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from imaging.checks import check_affine
 from imaging.errors import ScanError
-from imaging.limits import MAX_SIDE, MAX_VOXELS
+from imaging.limits import MAX_CHANNELS, MAX_SIDE, MAX_VOXELS
 from imaging.stored import MAX_OFFSET_BYTES, drain, read_voxels, skip, unpacked
 from imaging.volume import (
     Affine,
@@ -81,10 +81,13 @@ def read(path: Path) -> tuple[Volume, Grid]:
     return canonical(voxels, header.affine), Grid(header.shape, header.affine)
 
 
-def read_stored(path: Path) -> tuple[Array, NiftiHeader]:
-    """Read a NIfTI file in its own axis order (A, B, C), with its header; see `read`."""
+def read_stored(path: Path, *, channel: int | None = None) -> tuple[Array, NiftiHeader]:
+    """Read a NIfTI file in its own axis order (A, B, C), with its header; see `read`.
+
+    With `channel`, the file is (A, B, C, channels) and one of them is read.
+    """
     with _unpacked(path) as (file, size):
-        header = read_header(file)
+        header = read_header(file, channel=channel)
         _check_size(header, size)
         if file.tell() > header.offset_bytes:
             file.seek(header.offset_bytes)
@@ -187,8 +190,8 @@ def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
             yield file, None if is_gzip else path.stat().st_size
 
 
-def read_header(file: BinaryIO) -> NiftiHeader:
-    """Parse and judge the header at the start of a (decompressed) file."""
+def read_header(file: BinaryIO, *, channel: int | None = None) -> NiftiHeader:
+    """Parse and judge the header at the start of a (decompressed) file; see `read_stored`."""
     start = file.read(4)
     size = _header_size(start)
     if size is None:
@@ -202,7 +205,7 @@ def read_header(file: BinaryIO) -> NiftiHeader:
         magic = bytes(header["magic"].tobytes())[:4]
         if magic != single_magic:
             raise ScanError("unsupported_format", "only single-file NIfTI (n+1, n+2) is read")
-        shape = _shape_of(header)
+        shape = _shape_of(header, channel)
         dtype = _dtype_of(header)
         affine, affine_from = _affine_of(header)
         slope, intercept = header.get_slope_inter()
@@ -218,7 +221,7 @@ def read_header(file: BinaryIO) -> NiftiHeader:
         dtype=dtype,
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
-        offset_bytes=int(offset),
+        offset_bytes=int(offset) + (channel or 0) * int(np.prod(shape)) * dtype.itemsize,
         notes=_disagreement(header, shape, affine, affine_from),
     )
 
@@ -239,13 +242,20 @@ def is_nifti(start: bytes) -> bool:
     return size is not None and start[at : at + 2] in (b"n+", b"ni")
 
 
-def _shape_of(header: Any) -> Shape:
+def _shape_of(header: Any, channel: int | None) -> Shape:
     rank = int(header["dim"][0])
     if not 1 <= rank <= 7:
         raise ScanError("not_a_scan", f"the NIfTI header declares {rank} dimensions")
     sizes = [int(size) for size in header["dim"][1 : rank + 1]]
     if min(sizes) < 1:
         raise ScanError("not_a_scan", f"the NIfTI header declares the shape {sizes}")
+    if channel is not None:
+        num_channels = sizes.pop(3) if len(sizes) == 4 else 0
+        if not 0 <= channel < min(num_channels, MAX_CHANNELS):
+            raise ScanError(
+                "not_three_dimensional",
+                f"channel {channel} was asked for; the file has {num_channels} along a fourth axis",
+            )
     if len(sizes) < 3 or min(sizes[:3]) < 2 or any(size > 1 for size in sizes[3:]):
         raise ScanError(
             "not_three_dimensional", f"shape is {sizes}; expected one volume of three dimensions"
