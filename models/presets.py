@@ -11,8 +11,8 @@
   queue takes keys alone and so spans more than one epoch rather than half of one, and crops of a
   query's own scan are not its negatives.
 
-A section names a part of `PretrainRecipe`; `optimizer` stands for the recipe's own fields. Those
-with `_2d` are of `PretrainRecipe2d`.
+A section names a part of `PretrainRecipe`; `recipe` stands for the recipe's own fields. Those with
+`_2d` are of `PretrainRecipe2d`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 Defaults = Mapping[str, object]
 
 PRESETS: Mapping[str, Mapping[str, Defaults]] = {
-    "paper": {"method": {}, "crops": {}, "optimizer": {}, "crops_2d": {}, "optimizer_2d": {}},
+    "paper": {"method": {}, "crops": {}, "recipe": {}, "crops_2d": {}, "recipe_2d": {}},
     "official": {
         "method": {
             "attention": "se",
@@ -53,10 +53,10 @@ PRESETS: Mapping[str, Mapping[str, Defaults]] = {
             "shuffle_probability": 0.5,
         },
         # 241 epochs of 9,968 pairs in batches of 16.
-        "optimizer": {"batch_size": 16, "num_steps": 150_143},
+        "recipe": {"batch_size": 16, "num_steps": 150_143},
         "crops_2d": {"outpaint_probability": 0.0},
         # 241 epochs of 78,468 images in batches of 64.
-        "optimizer_2d": {"batch_size": 64, "num_steps": 295_481},
+        "recipe_2d": {"batch_size": 64, "num_steps": 295_481},
     },
     "recommended": {
         "method": {
@@ -67,17 +67,8 @@ PRESETS: Mapping[str, Mapping[str, Defaults]] = {
             "mask_same_scan": True,
         },
         "crops": {},
-        "optimizer": {},
+        "recipe": {},
         "crops_2d": {},
-        "optimizer_2d": {},
+        "recipe_2d": {},
     },
 }
-
-
-def filled(given: Mapping[str, object], preset: object, section: str) -> dict[str, object]:
-    """The fields given, and the preset's value for those that were not.
-
-    An unknown preset fills nothing: the recipe's own check names it.
-    """
-    of_preset = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    return {**of_preset.get(section, {}), **given}

@@ -9,6 +9,7 @@ build        the network of a recipe
 methods/     what pretraining learns from; one file a method
 data/        scans, the cache, where crops are cut, how views are made
 losses       InfoNCE, Dice + cross-entropy, binary cross-entropies
+optimizers   the recipe's optimizer and its rate
 ema          the momentum encoder's update
 metrics      Dice, AUC, average precision
 checkpoint   atomic files that a killed run resumes from

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from models.networks.classifier import Classifier
+from models.networks.encoder_alone import EncoderAlone
 from models.networks.resnet_unet2d import ResNet18Encoder, ResNetUNet2d
 from models.networks.unet3d import Norm, UNet3d, UNet3dEncoder
 from models.recipe import (
@@ -53,13 +54,30 @@ def build(recipe: AnyRecipe, *, fused: bool) -> nn.Module:
             return Classifier(encoder, num_features, num_outputs(recipe))
 
 
-def build_student(recipe: AnyPretrain, *, fused: bool) -> UNet3d | ResNetUNet2d:
-    """The ordinary encoder with its decoder, which gives as many channels as the image has."""
+Student = UNet3d | ResNetUNet2d | EncoderAlone
+"""What pretraining makes; its `encoder` is what is served."""
+
+
+def build_student(recipe: AnyPretrain, *, fused: bool) -> Student:
+    """The encoder that the recipe trains, with its decoder, if the method trains one.
+
+    The decoder gives as many channels as the image has.
+    """
+    if not recipe.method.trains_decoder:
+        return EncoderAlone(build_encoder(recipe))
     if isinstance(recipe, PretrainRecipe2d):
         channels = recipe.network.in_channels
         return ResNetUNet2d(channels, channels, recipe.network.width, norm_of(recipe))
-    width, skip = recipe.network.base_width, recipe.method.skip
+    width, skip = recipe.network.base_width, recipe.method.has_skips
     return UNet3d(1, 1, width, norm_of(recipe), fused=fused, skip=skip)
+
+
+def build_encoder(recipe: AnyPretrain) -> UNet3dEncoder | ResNet18Encoder:
+    """The encoder alone."""
+    if isinstance(recipe, PretrainRecipe2d):
+        channels = recipe.network.in_channels
+        return ResNet18Encoder(channels, recipe.network.width, norm_of(recipe))
+    return UNet3dEncoder(1, recipe.network.base_width, norm_of(recipe))
 
 
 def lay_out(network: nn.Module) -> None:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from models.bundle import Manifest
-from models.recipe import FinetuneRecipe, OwnRange, Preprocessing2d, UNet3d, Window
+from models.recipe import (
+    FinetuneRecipe,
+    OwnRange,
+    Preprocessing2d,
+    PretrainRecipe,
+    PretrainRecipe2d,
+    UNet3d,
+    Window,
+)
 
 
 def card_text(manifest: Manifest) -> str:
@@ -27,13 +35,13 @@ def card_text(manifest: Manifest) -> str:
 
 
 def _title(manifest: Manifest) -> str:
-    network = manifest.recipe.network
+    recipe, network = manifest.recipe, manifest.recipe.network
     if isinstance(network, UNet3d):
         made = f"3D U-Net, base width {network.base_width}"
     else:
         made = f"2D U-Net on a ResNet-18, width {network.width}"
-    if manifest.kind == "encoder":
-        return f"Encoder: {made}, pretrained with PCRL"
+    if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
+        return f"Encoder: {made}, pretrained with {recipe.method.TITLE}"
     what = "Classifier" if manifest.kind == "classifier" else "Segmenter"
     return f"{what} of {', '.join(manifest.labels)}: {made}"
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models import bundle
 from models.bundle import Lineage, Manifest, Metric, Parity, Quality, TensorSpec
 from models.networks import resnet_unet2d, unet3d
+from models.networks.encoder_alone import EncoderAlone
 from models.networks.resnet_unet2d import ResNet18Encoder, ResNetUNet2d
 from models.networks.unet3d import UNet3d, UNet3dEncoder, fold, pooled
 from models.recipe import (
@@ -123,7 +124,7 @@ def publish(
     network = restore(state, recipe)
     served = network
     if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
-        assert isinstance(network, UNet3d | ResNetUNet2d)
+        assert isinstance(network, UNet3d | ResNetUNet2d | EncoderAlone)
         served = PooledEncoder(network.encoder)
     written = served.eval()
     if isinstance(served, UNet3d):

@@ -18,7 +18,7 @@ from trainer.classification import Classification
 from trainer.data.scan_set import ScanSet
 from trainer.errors import NonFiniteLossError, Preempted
 from trainer.folder import ShouldStop
-from trainer.pretrain import cosine
+from trainer.optimizers import cosine
 from trainer.report import Report
 from trainer.segmentation import Segmentation
 from trainer.task import Setting, Task

@@ -92,12 +92,12 @@ def check(recipe: AnyPretrain, num_processes: int) -> None:
         raise DataError(
             "bad_processes",
             f"{num_processes} processes cannot share batch_size {recipe.batch_size} in "
-            f"{recipe.method.momentum_groups} momentum_groups evenly, whole groups each",
+            f"{recipe.method.num_groups(recipe.batch_size)} groups evenly, whole groups each",
         )
 
 
 def _can_share(recipe: AnyPretrain, num_processes: int) -> bool:
-    groups = min(recipe.method.momentum_groups, recipe.batch_size // 2)
+    groups = recipe.method.num_groups(recipe.batch_size)
     return num_processes == 1 or (recipe.batch_size % groups == 0 and groups % num_processes == 0)
 
 

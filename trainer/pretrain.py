@@ -6,7 +6,6 @@ writes.
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.recipe import TISSUE_HU, AnyPretrain, PretrainRecipe, PretrainRecipe2d, Window
-from trainer import checkpoint, distributed, export, folder, launch
+from trainer import checkpoint, distributed, export, folder, launch, methods
 from trainer.build import lay_out
 from trainer.data import sampling
 from trainer.data.cache import Case, VolumeCache
@@ -25,7 +24,6 @@ from trainer.data.sampling import PairSampler
 from trainer.data.scans import ScanSet
 from trainer.errors import DataError, NonFiniteLossError, Preempted
 from trainer.folder import ShouldStop
-from trainer.methods import METHODS
 from trainer.report import Report
 
 
@@ -69,30 +67,21 @@ def run(
     head = folder.header(recipe, scans, sample, device, run_id)
 
     torch.manual_seed(recipe.seed)
-    method = METHODS[recipe.method.name](recipe).train()
+    method = methods.make(recipe)
     method.to(device)
     lay_out(method)
-    optimizer = torch.optim.SGD(
-        method.trained(),
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    start = 0
-    if (state := folder.resume(out, head, report)) is not None:
-        start = state["step"]
+    state = folder.resume(out, head, report)
+    if state is not None:
         method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
+    descent = method.descent(device)
+    start = 0
+    if state is not None:
+        start = state["step"]
+        descent.load_state_dict(state["optimizer"])
         checkpoint.restore_rng(state["rng"])
-    losses_of = distributed.joined(
-        torch.compile(method.losses) if recipe.compile else method.losses,
-        trained=method,
-        normalised=method.student,
-    )
 
     def save(step: int) -> None:
-        parts = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
+        parts = {"method": method.state_dict(), "optimizer": descent.state_dict()}
         whole = {**head, **parts, "rng": checkpoint.rng_state()}
         checkpoint.save(out / folder.CHECKPOINTS, step, whole)
 
@@ -103,15 +92,7 @@ def run(
     window_start, window_s = start, time.monotonic()
     report.progress("pretrain", start, recipe.num_steps)
     for step in range(start + 1, recipe.num_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(recipe.learning_rate, step - 1, recipe.num_steps)
-        views = method.make_views(volumes, sampler, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = losses_of(views)
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()  # type: ignore[no-untyped-call]  # of torch
-        optimizer.step()
-        method.update(losses)
+        losses = descent.step(method.make_views(volumes, sampler, step), step)
 
         is_bad = ~losses.total.detach().isfinite() & (bad_step < 0)
         bad_step = torch.where(is_bad, step, bad_step)
@@ -128,8 +109,8 @@ def run(
             named = losses.named()
             every = distributed.mean(torch.stack(list(named.values()))).tolist()
             values = dict(zip(named, every, strict=True))
-            lr = float(optimizer.param_groups[0]["lr"])
-            report.metric(step, {**values, "learning_rate": lr, "steps_per_s": pace})
+            pace_of = {"learning_rate": descent.rate, "steps_per_s": pace}
+            report.metric(step, {**values, **pace_of})
             report.progress("pretrain", step, recipe.num_steps)
         if is_saved and distributed.is_first():
             save(step)
@@ -150,17 +131,12 @@ def run(
     )
 
 
-def cosine(base: float, step: int, num_steps: int) -> float:
-    """Learning rate after `step` of `num_steps`: from `base` to 0 along half a cosine."""
-    return base * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
-
-
 def _load(
     recipe: AnyPretrain, scans: ScanSet, cache: Path, report: Report, device: torch.device
 ) -> tuple[Resident | ResidentImages, PairSampler | None, Tensor]:
     """What views are cut from, what says where, and real network input for the parity check."""
     chosen = scans.of("train")
-    if recipe.method.mask_same_scan and len(chosen) == 1:
+    if recipe.method.needs_several_scans and len(chosen) == 1:
         raise DataError(
             "one_scan", "with mask_same_scan one scan has no negatives: add scans or turn it off"
         )

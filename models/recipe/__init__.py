@@ -22,6 +22,9 @@ from models.recipe.finetune import (
     LabelCrop,
     SplitShares,
 )
+from models.recipe.method import MethodRecipe
+from models.recipe.methods import METHODS, AnyMethod
+from models.recipe.optimizer import Constant, Cosine, Drops, Optimizer
 from models.recipe.parts import (
     TISSUE_HU,
     Connectivity,
@@ -45,25 +48,33 @@ from models.recipe.parts import (
 )
 from models.recipe.pcrl import Contrast, Pcrl, Pushed, Reconstruction
 from models.recipe.pretrain import PretrainRecipe, PretrainRecipe2d
+from models.recipe.rotnet import RotNet
 from models.recipe.views import CropPairs, ImageCrops, ImageViews
 
 __all__ = [
+    "METHODS",
     "TISSUE_HU",
     "AnyClassify",
+    "AnyMethod",
     "AnyPretrain",
     "AnyRecipe",
     "ClassifyRecipe",
     "ClassifyRecipe2d",
     "Connectivity",
+    "Constant",
     "Contrast",
+    "Cosine",
     "CropPairs",
+    "Drops",
     "FinetuneRecipe",
     "ImageCrops",
     "ImageViews",
     "LabelCrop",
     "LabelName",
     "LabelValue",
+    "MethodRecipe",
     "Normalisation",
+    "Optimizer",
     "OwnRange",
     "Part",
     "Pcrl",
@@ -77,6 +88,7 @@ __all__ = [
     "Recipe",
     "Reconstruction",
     "ResNetUNet2d",
+    "RotNet",
     "Share",
     "Size",
     "Size2d",

@@ -6,7 +6,8 @@ Axes are (I, J, K) in RAS+; sizes in voxels of the resampled grid, spacing in mm
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -27,9 +28,29 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    ADDED: ClassVar[Mapping[str, object]] = {}
+    """Fields that came later, and the value that stands for how it was before them."""
+
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, hexadecimal."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 of the canonical JSON, hexadecimal.
+
+        Without the `ADDED` fields that hold their old value, so that what was named before there
+        were such fields keeps its name.
+        """
+        canonical = self.model_dump_json(exclude=_as_before(self) or None)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _as_before(part: Part) -> dict[str, Any]:
+    """`ADDED` fields with their old value, in a part and in its parts; pydantic's `exclude`."""
+    found: dict[str, Any] = {
+        name: True for name, before in part.ADDED.items() if getattr(part, name) == before
+    }
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if name not in found and isinstance(value, Part) and (nested := _as_before(value)):
+            found[name] = nested
+    return found
 
 
 class Window(Part):

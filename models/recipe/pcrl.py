@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from models import presets
-from models.recipe.parts import Part
+from models.recipe.method import MethodRecipe, Sections
 
 Reconstruction = Literal["o", "m", "h", "mixup_o", "mixup_h"]
 """What is decoded: the ordinary, momentum and hybrid encoder, and two of the batch mixed with
@@ -22,12 +22,14 @@ Pushed = Literal["query", "key", "hybrid", "mixup_key", "mixed_key"]
 """An embedding that may enter the queue."""
 
 
-class Pcrl(Part):
+class Pcrl(MethodRecipe):
     """PCRL's own numbers; the defaults are P's (sections 3 and 7).
 
     Rows, traps and bugs are those of algorithms.md 1.2 and 1.4; docs/methods/pcrl.md lists every
     row with its value in each preset.
     """
+
+    TITLE: ClassVar[str] = "PCRL"
 
     name: Literal["pcrl"] = "pcrl"
     preset: Literal["paper", "official", "recommended"] = "paper"
@@ -82,12 +84,46 @@ class Pcrl(Part):
         """Whether the batch mixed with itself is encoded too."""
         return any("mix" in term for term in (*self.contrasts, *self.reconstructions))
 
+    @classmethod
+    def defaults(cls, preset: object) -> Sections:
+        """Those of the preset; none of an unknown one, which the recipe's own check names."""
+        return presets.PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+
+    @property
+    def trains_decoder(self) -> bool:
+        """PCRL does."""
+        return True
+
+    @property
+    def has_skips(self) -> bool:
+        """As `skip` says."""
+        return self.skip
+
+    @property
+    def needs_several_scans(self) -> bool:
+        """With `mask_same_scan` one scan has no negatives."""
+        return self.mask_same_scan
+
+    def num_groups(self, batch_size: int) -> int:
+        """The groups in which the momentum encoder normalises."""
+        return min(self.momentum_groups, batch_size // 2)
+
+    def check(self, *, batch_size: int, dims: Literal[2, 3]) -> None:
+        """The queue holds a step's pushes; the 2D network has skips."""
+        pushed = len(self.push) * batch_size
+        if self.queue_size < pushed:
+            raise ValueError(
+                f"queue_size {self.queue_size} is below the {pushed} vectors of one step"
+            )
+        if dims == 2 and not self.skip:
+            raise ValueError("skip false is for unet3d alone; this is resnet18_unet2d")
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: object) -> object:
         if not isinstance(given, Mapping):
             return given
-        return presets.filled(given, given.get("preset"), "method")
+        return {**cls.defaults(given.get("preset")).get("method", {}), **given}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

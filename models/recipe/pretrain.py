@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from models import presets
+from models.recipe.methods import AnyMethod, defaults_of
+from models.recipe.optimizer import Optimizer
 from models.recipe.parts import (
     TISSUE_HU,
     Part,
@@ -25,7 +26,7 @@ class _Pretraining(Part):
     """What pretraining has in 3D and in 2D."""
 
     kind: Literal["pretrain"] = "pretrain"
-    method: Pcrl = Pcrl()
+    method: AnyMethod = Pcrl()
     batch_size: Annotated[int, Field(ge=2)] = 32
     learning_rate: PositiveFloat = 1e-3
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -36,34 +37,34 @@ class _Pretraining(Part):
     compile: bool = False
     """Compile the step with torch.compile: minutes once, the same function but for rounding."""
 
-    _dims: ClassVar[Literal[2, 3]] = 3
+    optimizer: Optimizer = Optimizer()
+    """Of which rate, momentum and decay are given above."""
+
+    ADDED: ClassVar[Mapping[str, object]] = {"optimizer": Optimizer()}
+    DIMS: ClassVar[Literal[2, 3]] = 3
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: object) -> object:
         if not isinstance(given, Mapping):
             return given
-        method, crops = given.get("method", {}), given.get("crops", {})
-        preset = (
-            method.get("preset") if isinstance(method, Mapping) else getattr(method, "preset", None)
-        )
-        in_2d = "_2d" if cls._dims == 2 else ""
-        if isinstance(crops, Mapping):
-            crops = presets.filled(crops, preset, f"crops{in_2d}")
-        return presets.filled({**given, "crops": crops}, preset, f"optimizer{in_2d}")
+        in_2d = "_2d" if cls.DIMS == 2 else ""
+        of_method = defaults_of(given.get("method", {}))
+        own: dict[str, object] = {**of_method.get(f"recipe{in_2d}", {}), **given}
+        for part in ("crops", "optimizer"):
+            asked = own.get(part, {})
+            if isinstance(asked, Mapping):
+                own[part] = {**of_method.get(f"{part}{in_2d}", {}), **asked}
+        return own
 
     @model_validator(mode="after")
-    def _queue_holds_a_step(self) -> Self:
-        pushed = len(self.method.push) * self.batch_size
-        if self.method.queue_size < pushed:
-            raise ValueError(
-                f"queue_size {self.method.queue_size} is below the {pushed} vectors of one step"
-            )
+    def _suits_the_method(self) -> Self:
+        self.method.check(batch_size=self.batch_size, dims=self.DIMS)
         return self
 
 
 class PretrainRecipe(_Pretraining):
-    """Self-supervised pretraining; the defaults are P's, or those of `method.preset`."""
+    """Self-supervised pretraining; the defaults are P's, or those of `method`."""
 
     network: UNet3d = UNet3d()
     preprocessing: Preprocessing = Preprocessing()
@@ -92,10 +93,4 @@ class PretrainRecipe2d(_Pretraining):
     """240 epochs of P's 78,468 images of Chest14."""
     batch_size: Annotated[int, Field(ge=2)] = 256
 
-    _dims: ClassVar[Literal[2, 3]] = 2
-
-    @model_validator(mode="after")
-    def _has_skips(self) -> Self:
-        if not self.method.skip:
-            raise ValueError(f"skip false is for unet3d alone; this is {self.network.kind}")
-        return self
+    DIMS: ClassVar[Literal[2, 3]] = 2

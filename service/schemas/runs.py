@@ -47,6 +47,12 @@ class RunCreate(Ask):
                     "recipe": {"kind": "pretrain", "num_steps": 1000, "batch_size": 8},
                 },
                 {
+                    "kind": "pretrain",
+                    "dataset_id": f"ds_{HEX}",
+                    "model_name": "abdomen-rotnet",
+                    "recipe": {"kind": "pretrain", "method": {"name": "rotnet"}},
+                },
+                {
                     "kind": "finetune",
                     "dataset_id": f"ds_{HEX}",
                     "model_name": "liver-tumour",

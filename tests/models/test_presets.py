@@ -30,9 +30,9 @@ def test_a_preset_fills_in_method_crops_and_optimizer(kind: Any, suffix: str, pr
         kind.model_validate({"method": {"preset": name}}).model_dump() for name in (preset, "paper")
     )
 
-    for section in ("method", "crops", "optimizer"):
+    for section in ("method", "crops", "recipe"):
         name_of = section if section == "method" else section + suffix
-        ours, papers = (r if section == "optimizer" else r[section] for r in (filled, plain))
+        ours, papers = (r if section == "recipe" else r[section] for r in (filled, plain))
         for name, value in PRESETS[preset][name_of].items():
             assert ours[name] == value, name
             assert papers[name] != value, f"{name} repeats the paper's value"

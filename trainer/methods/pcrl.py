@@ -23,10 +23,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
-from torch import Tensor, nn
+from torch import Tensor
 
+from models import recipe as recipes
+from models.networks.encoder_alone import EncoderAlone
 from models.networks.heads import Projector, TransAttention
-from models.networks.resnet_unet2d import Features2d, ResNet18Encoder
+from models.networks.resnet_unet2d import Features2d, ResNet18Encoder, ResNetUNet2d
 from models.networks.unet3d import Features, SkipResponses, UNet3d, UNet3dEncoder
 from models.recipe import AnyPretrain, PretrainRecipe
 from trainer import distributed, ema
@@ -37,6 +39,7 @@ from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
 from trainer.losses import binary_nce_loss, mean_candidate, nce_loss
 from trainer.methods import views as batches
+from trainer.methods.method import Method
 from trainer.methods.queue import Queue
 from trainer.methods.views import Views
 
@@ -72,16 +75,19 @@ class Losses:
         return {name: value.detach() for name, value in every.items()}
 
 
-class Pcrl(nn.Module):
+class Pcrl(Method[Views, Losses]):
     """The networks and the queue of PCRL; its `state_dict` is all that a resume needs of them."""
 
     normaliser: Tensor
 
     def __init__(self, recipe: AnyPretrain) -> None:
-        super().__init__()
+        super().__init__(recipe)
         method, network = recipe.method, recipe.network
-        self.recipe = recipe
-        self.student = build_student(recipe, fused=_is_fused(recipe))
+        assert isinstance(method, recipes.Pcrl)
+        self.spec = method
+        student = build_student(recipe, fused=_is_fused(recipe))
+        assert not isinstance(student, EncoderAlone)
+        self.student: UNet3d | ResNetUNet2d = student
         self.attention = TransAttention(
             network.num_features,
             kind=method.attention,
@@ -98,10 +104,6 @@ class Pcrl(nn.Module):
         self.queue = Queue(method.queue_size, method.embedding_size)
         self.register_buffer("normaliser", torch.zeros(()))
 
-    def trained(self) -> list[nn.Parameter]:
-        """Parameters that the optimizer moves."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
     def make_views(
         self, volumes: Resident | ResidentImages, sampler: PairSampler | None, step: int
     ) -> Views:
@@ -110,7 +112,7 @@ class Pcrl(nn.Module):
 
     def losses(self, views: Views) -> Losses:
         """Eq. 5-8 of the paper for one batch."""
-        method = self.recipe.method
+        method = self.spec
         features_o: AnyFeatures = self.student.encoder(views.input_o)
         features_m = self._encode_momentum(views.input_m)
         plain = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
@@ -137,11 +139,11 @@ class Pcrl(nn.Module):
     @torch.no_grad()
     def update(self, losses: Losses) -> None:
         """After the optimizer's step: move the momentum networks (Eq. 9), push to the queue."""
-        beta = self.recipe.method.ema_momentum
+        beta = self.spec.ema_momentum
         ema.update(self.momentum_encoder, self.student.encoder, beta)
         ema.update(self.momentum_projector, self.projector, beta)
-        pushed = _gathered(losses.pushed, len(self.recipe.method.push))
-        self.queue.push(pushed, _gathered(losses.scans, len(self.recipe.method.push)))
+        pushed = _gathered(losses.pushed, len(self.spec.push))
+        self.queue.push(pushed, _gathered(losses.scans, len(self.spec.push)))
         self.normaliser.copy_(losses.normaliser)
 
     @torch.no_grad()
@@ -151,7 +153,7 @@ class Pcrl(nn.Module):
         What shuffling over devices is in MoCo (row 22): the batch was shuffled when it was drawn,
         and a rank holds whole groups, so no image and no feature travels (docs/adr/0007).
         """
-        groups = min(self.recipe.method.momentum_groups, self.recipe.batch_size // 2)
+        groups = min(self.spec.momentum_groups, self.recipe.batch_size // 2)
         ours = groups // distributed.num_ranks()
         parts = [self.momentum_encoder(part) for part in images.chunk(ours)]
         encoded: AnyFeatures = type(parts[0])._make(map(torch.cat, zip(*parts, strict=True)))
@@ -159,7 +161,7 @@ class Pcrl(nn.Module):
 
     def _attend(self, plain: dict[str, Tensor], views: Views) -> dict[str, Tensor]:
         """TransAtt on each bottleneck; the hybrid is mixed before it or after it (row 6)."""
-        if self.recipe.method.crossmix == "before_attention":
+        if self.spec.crossmix == "before_attention":
             pairs = zip(plain.items(), views.indicators, strict=True)
             return {encoder: self.attention(x, indicator) for (encoder, x), indicator in pairs}
         indicator_o, indicator_m = views.indicators
@@ -169,10 +171,10 @@ class Pcrl(nn.Module):
 
     def _targets(self, views: Views) -> dict[str, Tensor]:
         """T(X) of each encoder (Eq. 5 and 8), T_h of the mix or the mix of T_o and T_m."""
-        is_clean = self.recipe.method.target == "clean"
+        is_clean = self.spec.target == "clean"
         view_o = views.clean_o if is_clean else views.input_o
         view_m = views.clean_m if is_clean else views.input_m
-        if self.recipe.method.crossmix == "before_attention":
+        if self.spec.crossmix == "before_attention":
             wanted = _with_hybrid(view_o, view_m, views.mix)
             pairs = zip(wanted.items(), views.indicators, strict=True)
             return {encoder: augment.apply_indicators(x, code) for (encoder, x), code in pairs}
@@ -189,7 +191,7 @@ class Pcrl(nn.Module):
         Fused, the hybrid's response to its mixed skips (Eq. 6) is the mix of the two responses:
         one convolution a level less (algorithms.md 6.4).
         """
-        if not self.recipe.method.skip:
+        if not self.spec.skip:
             return {"o": features_o, "m": features_m, "h": features_o}  # the decoder reads none
         if not _is_fused(self.recipe):
             pairs = zip(features_o, features_m, strict=True)
@@ -214,7 +216,7 @@ class Pcrl(nn.Module):
         return {
             prefix + encoder: F.mse_loss(self._decode(x, skips[encoder]), targets[encoder])
             for encoder, x in bottlenecks.items()
-            if prefix + encoder in self.recipe.method.reconstructions
+            if prefix + encoder in self.spec.reconstructions
         }
 
     def _decode(self, bottleneck: Tensor, skips: AnyFeatures | SkipResponses) -> Tensor:
@@ -232,7 +234,7 @@ class Pcrl(nn.Module):
         embeddings = {"query": self.projector(seen["o"])}
         with torch.no_grad():
             embeddings["key"] = self.momentum_projector(seen["m"])
-            if "hybrid" in self.recipe.method.push:
+            if "hybrid" in self.spec.push:
                 embeddings["hybrid"] = self.projector(seen["h"])
         return embeddings
 
@@ -262,7 +264,7 @@ class Pcrl(nn.Module):
 
     def _contrast(self, embeddings: dict[str, Tensor], scan: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of the recipe's contrastive terms, and Z after this step."""
-        method = self.recipe.method
+        method = self.spec
         temperature = method.temperature
         ignored = self.queue.is_of(scan) if method.mask_same_scan else None
         negatives, normaliser = self.queue.vectors, self.normaliser
@@ -285,7 +287,7 @@ class Pcrl(nn.Module):
 
     def _next_normaliser(self, embeddings: dict[str, Tensor]) -> Tensor:
         """Z moved towards this batch's estimate, which it starts from (bug B1)."""
-        method = self.recipe.method
+        method = self.spec
         query, key = (embeddings[name] for name in CONTRASTED[method.contrasts[0]])
         estimate = distributed.mean(
             mean_candidate(query, key, self.queue.vectors, method.temperature)

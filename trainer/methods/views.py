@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.recipe import AnyPretrain, Pcrl, PretrainRecipe, PretrainRecipe2d
-from trainer import distributed
-from trainer.data import augment, augment2d, shuffle
-from trainer.data.images2d import ResidentImages, as_channels, draw_batch
+from models.recipe import AnyPretrain, Pcrl
+from trainer.data import augment
+from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
 from trainer.data.to_device import to_device
-from trainer.randomness import generator, take
+from trainer.methods.pairs import make_pairs
+from trainer.randomness import generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +68,9 @@ def make_views(
         step: From 1.
     """
     method, seed, batch = recipe.method, recipe.seed, recipe.batch_size
-    rows = distributed.share(torch.randperm(batch, generator=generator(seed, step, "order")))
-    if isinstance(volumes, ResidentImages):
-        assert isinstance(recipe, PretrainRecipe2d)
-        device = volumes.pixels.device
-        clean, spoiled, scan = _pairs_of_images(recipe, volumes, step, rows)
-    else:
-        assert isinstance(recipe, PretrainRecipe) and sampler is not None
-        device = volumes.device
-        clean, spoiled, scan = _pairs_of_crops(recipe, volumes, sampler, step, rows)
+    assert isinstance(method, Pcrl)
+    pairs = make_pairs(recipe, volumes, sampler, step)
+    rows, device = pairs.rows, pairs.clean[0].device
     codes = generator(seed, step, "indicators")
     count = 3 if method.crossmix == "before_attention" else 2
     dims = recipe.network.dims
@@ -90,87 +84,16 @@ def make_views(
         for purpose in ("mix", "mixup")
     )
     return Views(
-        clean_o=clean[0],
-        clean_m=clean[1],
-        input_o=spoiled[0],
-        input_m=spoiled[1],
-        scan=to_device(scan, device),
+        clean_o=pairs.clean[0],
+        clean_m=pairs.clean[1],
+        input_o=pairs.spoiled[0],
+        input_m=pairs.spoiled[1],
+        scan=pairs.scan,
         indicators=to_device(indicators[:, rows], device),
         mix=mix,
         mixup=mixup,
         partner=to_device(partner, device),
     )
-
-
-Pair = tuple[list[Tensor], list[Tensor], Tensor]
-"""Two clean views of every sample, the same corrupted, and each sample's scan."""
-
-
-def _pairs_of_crops(
-    recipe: PretrainRecipe, volumes: Resident, sampler: PairSampler, step: int, rows: Tensor
-) -> Pair:
-    crops, seed, batch = recipe.crops, recipe.seed, recipe.batch_size
-    device = volumes.device
-    pairs = take(sampler.draw(batch, generator(seed, step, "pairs")), rows)
-    shapes = generator(seed, step, "geometry")
-    geometries = [take(augment.draw_geometry(crops, batch, shapes), rows) for _ in range(2)]
-    clean = [
-        augment.make_clean(volumes, crops, pairs, view, geometry)
-        for view, geometry in enumerate(geometries)
-    ]
-    skip = distributed.num_before(batch)
-    sharp = clean
-    if crops.shuffle_probability > 0:
-        chosen = torch.rand(2, batch, generator=generator(seed, step, "shuffling"))[:, rows]
-        sharp = shuffle.shuffle_some(
-            clean,
-            chosen < crops.shuffle_probability,
-            on_host=generator(seed, step, f"extents {skip}"),
-            on_device=generator(seed, step, f"windows {skip}", device),
-        )
-    painting = generator(seed, step, "painting")
-    kind = augment.draw_painting(crops, batch, painting)
-    corruptions = [take(augment.draw_corruption(crops, kind, painting), rows) for _ in range(2)]
-    spoiled = [
-        augment.corrupt(
-            view,
-            corruption,
-            generator(seed, step, f"noise {which}", device),
-            skip=skip,
-            in_place=sharp is not clean,
-        )
-        for which, (view, corruption) in enumerate(zip(sharp, corruptions, strict=True))
-    ]
-    return clean, spoiled, pairs.volume
-
-
-def _pairs_of_images(
-    recipe: PretrainRecipe2d, images: ResidentImages, step: int, rows: Tensor
-) -> Pair:
-    """Clean views are normalised as the input is: the 2D network's output has no activation."""
-    crops, seed, batch = recipe.crops, recipe.seed, recipe.batch_size
-    normalisation = recipe.preprocessing.normalisation
-    num_images, _, side, _ = images.pixels.shape
-    device = images.pixels.device
-    index = draw_batch(num_images, batch, seed=seed, step=step)[rows]
-    shapes = generator(seed, step, "geometry")
-    geometries = [take(augment2d.draw_geometry(crops, side, batch, shapes), rows) for _ in range(2)]
-    sharp = [augment2d.make_clean(images, crops, index, geometry) for geometry in geometries]
-    painting = generator(seed, step, "painting")
-    outpainted = augment2d.draw_outpainting(crops, batch, painting)
-    corruptions = [augment2d.draw_corruption(crops, outpainted, painting) for _ in range(2)]
-    skip = distributed.num_before(batch)
-    spoiled = [
-        augment2d.corrupt(
-            view,
-            corruption.of(rows),
-            normalisation,
-            generator(seed, step, f"noise {which}", device),
-            skip=skip,
-        )
-        for which, (view, corruption) in enumerate(zip(sharp, corruptions, strict=True))
-    ]
-    return [as_channels(view, normalisation) for view in sharp], spoiled, index
 
 
 def draw_mix(method: Pcrl, random: torch.Generator) -> float:
