@@ -1,4 +1,4 @@
-"""`python -m trainer pretrain | finetune | export`: the shell's and the supervisor's way in.
+"""`python -m trainer COMMAND`: the shell's and the supervisor's way in.
 
 Exit status: 0 done; 64 bad recipe or data; 75 stopped on request, checkpoint written; 76 GPU out
 of memory; 77 host out of memory; 78 non-finite loss; 79 parity gate failed; 1 anything else.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import json
 import os
 import signal
 import sys
@@ -22,8 +23,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
+from imaging.datasets import READERS, Options
 from models.bundle import BundleError
-from models.recipe import AnyRecipe, PretrainRecipe, PretrainRecipe2d, Recipe
+from models.recipe import AnyRecipe, PretrainRecipe, PretrainRecipe2d, Recipe, SplitShares
 from trainer import errors, launch
 from trainer.errors import DataError, TrainingError
 from trainer.report import Follower, Human, JsonLines, Report
@@ -122,6 +124,9 @@ class _StopSignal:
 
 
 def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
+    if args.command == "dataset":
+        _list_dataset(args, report)
+        return
     recipe = None if args.command == "export" else read_recipe(args.recipe, args.command)
     import torch
 
@@ -152,6 +157,16 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
             device=device, should_stop=stop, run_id=args.run_id, cache=args.cache,
             parent=args.parent,
         )  # fmt: skip
+
+
+def _list_dataset(args: argparse.Namespace, report: Report) -> None:
+    """Write what `--scans` takes; prints what a recipe needs to know of it."""
+    from trainer.data.layouts import write_list
+
+    options = Options(args.channel, args.uncertain, args.unmentioned, args.views)
+    shares = SplitShares(seed=args.seed)
+    found = write_list(args.kind, args.folder, args.out, options, shares, report)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
 def read_recipe(path: Path, command: str) -> AnyRecipe:
@@ -208,10 +223,23 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--parent", type=Path, help="bundle to start from")
         _add_common(command)
+    _add_dataset(commands.add_parser("dataset"))
     command = commands.add_parser("export")
     command.add_argument("--checkpoint", type=Path, required=True)
     _add_common(command)
     return parser
+
+
+def _add_dataset(command: argparse.ArgumentParser) -> None:
+    command.add_argument("kind", choices=READERS, help="whose layout the folder has")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--out", type=Path, required=True, help="folder of the list")
+    command.add_argument("--channel", help="only this one of several")
+    command.add_argument("--uncertain", choices=("ignore", "zeros", "ones"), default="ignore")
+    command.add_argument("--unmentioned", choices=("zeros", "ignore"), default="zeros")
+    command.add_argument("--views", choices=("frontal", "lateral", "all"), default="frontal")
+    command.add_argument("--seed", type=int, default=0, help="of the split by patient")
+    command.add_argument("--events", choices=("human", "jsonl"), default="human")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from models import bundle, cascade, predict, reference
 from models.bundle import BundleError, Manifest
 from models.predict import Progress, Stopped
 from models.session import OnnxSession, open_session
-from trainer.data.scan_set import ScanFile
+from trainer.data.scan_set import ScanFile, voxels_beside
 from trainer.errors import Preempted
 from trainer.report import Report
 
@@ -77,7 +77,7 @@ def of_scans(
             report.progress("reference", done, len(chosen))
             vector = vector_of(
                 session,
-                read_scan(scan.image, kind="image").volume,
+                read_scan(scan.image, kind="image", beside=voxels_beside(scan.image)).volume,
                 # Windows done are said as scans done: silence would look like a stall.
                 progress=lambda *_, done=done: report.progress("reference", done, len(chosen)),
                 should_stop=should_stop,

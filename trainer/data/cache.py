@@ -24,7 +24,7 @@ from imaging.intake import Kind, read_scan
 from imaging.volume import Grid, Volume
 from models.preprocess import prepare, prepare_labels
 from models.recipe import FinetuneRecipe, Preprocessing
-from trainer.data.scan_set import ScanFile, digest_of
+from trainer.data.scan_set import ScanFile, digest_of, voxels_beside
 from trainer.errors import DataError
 
 _VERSION = "1"
@@ -171,7 +171,7 @@ def _key(*parts: str) -> str:
 def _read(path: Path, called: str, kind: Kind) -> Volume:
     code = "unusable_scan" if kind == "image" else "unusable_labels"
     try:
-        return read_scan(path, kind=kind).volume
+        return read_scan(path, kind=kind, beside=voxels_beside(path)).volume
     except ScanError as error:
         raise DataError(code, f"scan {called}: {error.code}: {error.detail}") from error
 

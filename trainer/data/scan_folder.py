@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from trainer.data.scan_set import SPLITS, Example, Point, ScanFile, ScanSet, Split, digest_of
+from trainer.data.scan_set import SPLITS, Example, Point, ScanFile, ScanSet, Split, facts_of
 from trainer.errors import DataError
 
 TABLE = "labels.csv"
@@ -54,7 +54,7 @@ def from_folder(
     ids = [scan.id for scan in scans]
     if missing := sorted(table.keys() - set(ids)):
         raise DataError("bad_scan_list", f"{TABLE} names scan {missing[0]}, which is not there")
-    facts = sorted(_facts(scan) for scan in scans)
+    facts = sorted(facts_of(scan) for scan in scans)
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return ScanSet(digest, tuple(scans)), is_split
 
@@ -187,10 +187,3 @@ def _point_of(place: Sequence[str], line: int) -> Point | None:
         raise DataError("bad_scan_list", f"{TABLE}, line {line}: no place in mm: {list(place)}")
     return x, y, z
 
-
-def _facts(scan: ScanFile) -> str:
-    """Everything of a scan that training sees, its content rather than its names."""
-    images = " ".join(digest_of(image) for image in scan.images)
-    labels = digest_of(scan.labels) if scan.labels else "-"
-    known = [f"{sorted(e.classes.items())} {e.centre_mm}" for e in scan.examples]
-    return " ".join([images, labels, scan.split, *known])

@@ -57,9 +57,30 @@ class ScanSet:
         return tuple(scan for scan in self.scans if scan.split == split)
 
 
+def voxels_beside(path: Path) -> Path | None:
+    """The voxels of a `.mhd` header: the file of its name that ends in `.raw` or `.zraw`.
+
+    Where the header itself says that they are is not followed; LUNA16 keeps to these names.
+    """
+    if path.suffix.lower() != ".mhd":
+        return None
+    beside = (path.with_suffix(ending) for ending in (".raw", ".zraw"))
+    return next((file for file in beside if file.is_file()), None)
+
+
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files in the order of their own digests."""
-    if path.is_file():
+    """SHA-256 of a file, or of several files (a folder, a detached header with its voxels)."""
+    beside = voxels_beside(path)
+    if path.is_file() and beside is None:
         return sha256_of(path)
-    parts = sorted(sha256_of(file) for file in path.rglob("*") if file.is_file())
+    files = [path, beside] if beside else [file for file in path.rglob("*") if file.is_file()]
+    parts = sorted(sha256_of(file) for file in files)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def facts_of(scan: ScanFile) -> str:
+    """Everything of a scan that training sees, its content rather than its names."""
+    images = " ".join(digest_of(image) for image in scan.images)
+    labels = digest_of(scan.labels) if scan.labels else "-"
+    known = [f"{sorted(e.classes.items())} {e.centre_mm}" for e in scan.examples]
+    return " ".join([images, labels, scan.split, *known])
