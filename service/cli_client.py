@@ -32,7 +32,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 def add_commands(app: typer.Typer) -> None:
     """Add the client commands to `app`."""
-    for command in (upload, dataset, pretrain, finetune, runs, cancel, models, alias, segment):
+    for command in (upload, pretrain, finetune, runs, cancel, models, alias, segment):
         app.command()(command)
     app.command()(cascade)
     app.command()(embed)
@@ -57,21 +57,6 @@ def upload(
                     path, kind=kind, subject=subject, series_uid=series_uid, on_progress=advance
                 )
             console.print(volume.id, highlight=False)
-
-
-def dataset(
-    name: Annotated[str, typer.Argument(help="A name for people.")],
-    items: Annotated[
-        list[str], typer.Argument(help="Volume ids; `vol_image:vol_labels` where labelled.")
-    ],
-    url: Url = DEFAULT_URL,
-    token: Secret = "",
-) -> None:
-    """Make a dataset of uploaded volumes, split by subject; prints its id."""
-    with talk(url, token) as client:
-        pairs = [item.partition(":") for item in items]
-        made = client.create_dataset(name, [(image, labels or None) for image, _, labels in pairs])
-        console.print(made.id, highlight=False)
 
 
 def pretrain(

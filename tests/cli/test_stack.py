@@ -102,7 +102,7 @@ def test_the_command_line_goes_from_scans_to_a_certified_mask(
         image_id = run_cli("upload", str(image), "--subject", f"p{number}")
         labels_id = run_cli("upload", str(labels), "--kind", "labels", "--subject", f"p{number}")
         ids.append(f"{image_id}:{labels_id}")
-    dataset = run_cli("dataset", "cli", *ids[:2])
+    dataset = run_cli("dataset", "create", "cli", *ids[:2])
     encoder = run_cli(
         *("pretrain", str(tmp_path / "pretrain.json"), "--dataset", dataset, "--model", "enc")
     ).splitlines()[-1]

@@ -424,7 +424,7 @@ def _work(
         labels_id = run_cli("upload", str(labels), "--kind", "labels", "--subject", f"p{number}")
         pairs.append(f"{image_id}:{labels_id}")
     series_id = run_cli("upload", str(planted.series))
-    dataset = run_cli("dataset", "canary", *pairs)
+    dataset = run_cli("dataset", "create", "canary", *pairs)
     (tmp_path / "finetune.json").write_text(json.dumps(FINETUNE))
     run_cli(
         *("finetune", str(tmp_path / "finetune.json"), "--dataset", dataset, "--model", "liver"),

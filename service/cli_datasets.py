@@ -1,0 +1,92 @@
+"""The commands of `pcrl` about datasets: of uploaded volumes, or of a public data set's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from imaging.datasets import READERS, LayoutError, Options, read_layout
+from imaging.datasets.plan import Plan
+from service.cli_client import DEFAULT_URL, Secret, Url, console, errors, fail, talk
+from service.client import Client
+from service.dataset_import import Sent, check_held, make_dataset
+from service.dataset_import import send as send_plan
+
+dataset_app = typer.Typer(help="Datasets: make, import.", no_args_is_help=True)
+
+
+@dataset_app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="A name for people.")],
+    items: Annotated[
+        list[str], typer.Argument(help="Volume ids; `vol_image:vol_labels` where labelled.")
+    ],
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Make a dataset of uploaded volumes, split by subject; prints its id."""
+    with talk(url, token) as client:
+        pairs = [item.partition(":") for item in items]
+        made = client.create_dataset(name, [(image, labels or None) for image, _, labels in pairs])
+        console.print(made.id, highlight=False)
+
+
+@dataset_app.command("import")
+def import_folder(
+    kind: Annotated[str, typer.Argument(help=f"Whose layout it has: {', '.join(READERS)}.")],
+    folder: Annotated[Path, typer.Argument(help="Where the archives were unpacked to.")],
+    name: Annotated[str | None, typer.Option(help="A name for people; else the kind.")] = None,
+    channel: Annotated[str | None, typer.Option(help="The one to take of several.")] = None,
+    skip_refused: Annotated[
+        bool, typer.Option("--skip-refused", help="Make the dataset without scans not taken.")
+    ] = False,
+    url: Url = DEFAULT_URL,
+    token: Secret = "",
+) -> None:
+    """Upload a public data set and make a dataset of it; prints its id. Safe to repeat.
+
+    Every file that is not used is counted with the reason. Patients are split as the data set says,
+    else by share.
+    """
+    plan = _plan(kind, folder, Options(channel=channel))
+    with talk(url, token) as client:
+        sent = _send(client, plan)
+        for one in sent.refused:
+            errors.print(f"{one.case}: {one.code}: {one.detail}", highlight=False, soft_wrap=True)
+        if sent.refused and not skip_refused:
+            fail(f"{len(sent.refused)} scans were not taken; --skip-refused goes on without them")
+        if not sent.items:
+            fail("no scan was taken")
+        made = make_dataset(client, name or kind, plan, sent)
+        console.print(made.id, highlight=False)
+
+
+def _plan(kind: str, folder: Path, options: Options) -> Plan:
+    if kind not in READERS:
+        fail(f"no reader is called {kind}; there are {', '.join(READERS)}")
+    try:
+        plan = read_layout(kind, folder, options)
+        lost = check_held(plan)
+    except LayoutError as error:
+        fail(f"{error.code}: {error.detail}")
+    reasons = list(plan.explained.values())
+    for reason in sorted(set(reasons)):
+        errors.print(f"{reasons.count(reason)} files not used: {reason}", highlight=False)
+    for note in (*plan.notes, *lost):
+        errors.print(note, highlight=False, soft_wrap=True)
+    return plan
+
+
+def _send(client: Client, plan: Plan) -> Sent:
+    with Progress(
+        TextColumn("upload"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} scans"),
+        TimeRemainingColumn(),
+        console=errors,
+    ) as progress:
+        task = progress.add_task("upload", total=len(plan.cases))
+        return send_plan(client, plan, lambda done, _: progress.update(task, completed=done))
