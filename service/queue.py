@@ -11,7 +11,11 @@ A run is taken only by a worker that it fits (`Able`), and only while its caller
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -23,12 +27,12 @@ from sqlalchemy import (
     bindparam,
     func,
     literal,
-    or_,
     select,
+    tuple_,
 )
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
-from service.db import CLAIMABLE, HELD, Run, db_now
+from service.db import CLAIMABLE, HELD, Run, RunState, UtcDateTime, db_now
 
 WINDOW_S = {"inference": 3600.0, "train": 86400.0}
 """How long a run that began counts against its caller."""
@@ -53,6 +57,7 @@ def unit(run: type[Run]) -> InstrumentedAttribute[str]:
     return run.created_by
 
 
+@cache
 def turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSelect[str]:
     """The id of the run whose turn it is, locked for the claim; no row where none waits.
 
@@ -68,6 +73,7 @@ def turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSe
     )
 
 
+@cache
 def any_turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSelect[str]:
     """The best run that nobody else is about to claim, whosever it is: priority, then age."""
     if not max_running:
@@ -75,7 +81,7 @@ def any_turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> Scal
     held = aliased(Run)
     busy = (
         select(unit(held))
-        .where(held.queue == queue, held.state.in_(HELD))
+        .where(held.queue == queue, is_held(held))
         .group_by(unit(held))
         .having(func.count() >= max_running)
     )
@@ -83,11 +89,24 @@ def any_turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> Scal
 
 
 def is_waiting(run: type[Run], queue: str) -> ColumnElement[bool]:
-    """Whether a run waits in a queue; written so that the partial index serves it."""
-    states: BindParameter[str] = bindparam(
-        None, sorted(state.value for state in CLAIMABLE), expanding=True, literal_execute=True
-    )
-    return and_(run.queue == queue, run.state.in_(states), run.cancel_requested_at.is_(None))
+    """Whether a run waits in a queue."""
+    return and_(run.queue == queue, is_open(run))
+
+
+def is_open(run: type[Run]) -> ColumnElement[bool]:
+    """Whether nobody holds a run that is to be done; the partial indexes spell it like this."""
+    return and_(run.state.in_(_spelled(CLAIMABLE)), run.cancel_requested_at.is_(None))
+
+
+def is_held(run: type[Run]) -> ColumnElement[bool]:
+    """Whether a worker holds a run; written so that the partial index `ix_run_held` serves it."""
+    return run.state.in_(_spelled(HELD))
+
+
+def _spelled(states: Collection[RunState]) -> BindParameter[str]:
+    """Written out in the statement: a partial index serves only a condition that spells its own."""
+    values = sorted(state.value for state in states)
+    return bindparam(None, values, expanding=True, literal_execute=True)
 
 
 def fits(run: type[Run], able: Able) -> ColumnElement[bool]:
@@ -101,34 +120,55 @@ def position(session: Session, run: Run) -> int | None:
     """How many claims it takes until a waiting run is claimed, if nothing new comes; from 1.
 
     None for a run that does not wait. It counts every worker as able to do every run.
+
+    Each caller's runs of one priority are taken in turns `share + 1`, `share + 2`, ...: so counts
+    say how many come before, and of each caller at most one run shares this run's turn and has to
+    be looked at.
     """
     if run.state not in CLAIMABLE:
         return None
-    waiting, counted = aliased(Run), aliased(Run)
-    shares = (
-        select(unit(counted).label("unit"), func.count().label("share"))
-        .where(counted.queue == run.queue, or_(*_counts(counted, run.queue)))
-        .group_by(unit(counted))
-        .subquery()
+    mine, created = unit(Run), (run.created_at, run.id)
+    caller = session.scalars(select(mine).where(Run.id == run.id)).one()
+    higher, equal, shares = _waiting_counts(session, run)
+    made = tuple_(literal(run.created_at, UtcDateTime()), run.id)
+    is_before = tuple_(Run.created_at, Run.id) < made
+    older = (is_waiting(Run, run.queue), mine == caller, Run.priority == run.priority, is_before)
+    before_mine = session.scalars(select(func.count()).where(*older)).one()
+    turn = shares[caller] + higher[caller] + before_mine
+    ahead = higher.total() + before_mine
+    for other in equal.keys() - {caller}:
+        earlier = turn - shares[other] - higher[other]
+        ahead += min(max(earlier, 0), equal[other])
+        if 0 <= earlier < equal[other]:
+            ahead += _nth(session, run, other, earlier) < created
+    return ahead + 1
+
+
+def _waiting_counts(session: Session, run: Run) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """By caller: waiting runs of a higher priority, of the same, and what counts against them."""
+    waiting = (
+        select(unit(Run), Run.priority, func.count())
+        .where(is_waiting(Run, run.queue), Run.priority >= run.priority)
+        .group_by(unit(Run), Run.priority)
     )
-    within = func.row_number().over(
-        partition_by=unit(waiting),
-        order_by=(waiting.priority.desc(), waiting.created_at, waiting.id),
-    )
-    turns = (
-        select(
-            waiting.id,
-            waiting.priority,
-            waiting.created_at,
-            (within + func.coalesce(shares.c.share, 0)).label("turn"),
-        )
-        .join(shares, shares.c.unit == unit(waiting), isouter=True)
-        .where(is_waiting(waiting, run.queue))
-        .subquery()
-    )
-    order = (turns.c.priority.desc(), turns.c.turn, turns.c.created_at, turns.c.id)
-    placed = select(turns.c.id, func.row_number().over(order_by=order).label("position")).subquery()
-    return session.scalar(select(placed.c.position).where(placed.c.id == run.id))
+    higher: Counter[str] = Counter()
+    equal: Counter[str] = Counter()
+    for caller, priority, count in session.execute(waiting):
+        (higher if priority > run.priority else equal)[caller] += count
+    shares: Counter[str] = Counter()
+    for condition in _counts(Run, run.queue):  # apart: each has an index of its own
+        counted = select(unit(Run), func.count()).where(Run.queue == run.queue, condition)
+        shares.update(dict(session.execute(counted.group_by(unit(Run))).all()))
+    return higher, equal, shares
+
+
+def _nth(session: Session, run: Run, caller: str, number: int) -> tuple[datetime, str]:
+    """When the caller's waiting run of that number (from 0) and the run's priority was made."""
+    where = (is_waiting(Run, run.queue), unit(Run) == caller, Run.priority == run.priority)
+    order = (Run.created_at, Run.id)
+    found = select(*order).where(*where).order_by(*order).offset(number).limit(1)
+    created_at, run_id = session.execute(found).one()
+    return created_at, run_id
 
 
 def _first(queue: str, able: Able, *where: ColumnElement[bool]) -> ScalarSelect[str]:
@@ -190,7 +230,4 @@ def _counts(run: type[Run], queue: str) -> tuple[ColumnElement[bool], ColumnElem
     """What counts against a caller: runs under way, and other runs that began lately."""
     # As a subquery, so that PostgreSQL takes the clock once and an index serves the comparison.
     since = select(db_now(-WINDOW_S[queue])).scalar_subquery()
-    return (
-        run.state.in_(HELD),
-        and_(run.state.not_in(HELD), run.started_at > since),
-    )
+    return is_held(run), and_(run.state.not_in(HELD), run.started_at > since)

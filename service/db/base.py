@@ -11,6 +11,7 @@ from sqlalchemy import (
     Dialect,
     MetaData,
     TypeDecorator,
+    literal_column,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase
@@ -41,22 +42,27 @@ class db_now(FunctionElement[datetime]):  # noqa: N801  # reads as an SQL functi
     """The database's clock, plus `offset_s` seconds, in UTC."""
 
     type = UtcDateTime()
-    inherit_cache = False
+    inherit_cache = True
 
     def __init__(self, offset_s: float = 0.0) -> None:
-        self.offset_s = float(offset_s)
-        super().__init__()
+        # As a column of the literal text, so that it is part of the statement's cache key.
+        super().__init__(literal_column(f"{float(offset_s):+f}"))
 
 
 @compiles(db_now, "postgresql")
 def _db_now_postgresql(element: db_now, compiler: SQLCompiler, **_: Any) -> str:
-    return f"(clock_timestamp() + interval '{element.offset_s} seconds')"
+    return f"(clock_timestamp() + interval '{_offset(element, compiler)} seconds')"
 
 
 @compiles(db_now, "sqlite")
 def _db_now_sqlite(element: db_now, compiler: SQLCompiler, **_: Any) -> str:
     # The text form that SQLAlchemy's DateTime writes, so that comparison as text is by time.
-    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', '{element.offset_s:+f} seconds') || '000')"
+    offset = _offset(element, compiler)
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', '{offset} seconds') || '000')"
+
+
+def _offset(element: db_now, compiler: SQLCompiler) -> str:
+    return compiler.process(element.clauses)
 
 
 class Base(DeclarativeBase):

@@ -19,6 +19,11 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.base import Base, db_now
 
+# As `service.queue` spells them: else a partial index serves nothing.
+_WAITING = text("state IN ('interrupted', 'queued') AND cancel_requested_at IS NULL")
+_BEGUN = text("started_at IS NOT NULL")
+_HELD = text("state IN ('canceling', 'running', 'starting')")
+
 
 class Run(Base):
     """One execution of a recipe or of an inference."""
@@ -56,7 +61,14 @@ class Run(Base):
         ),
         Index(None, "queue", "state", "priority", "created_at"),
         Index(None, "created_at", "id"),
-        Index("ix_run_share", "queue", "created_by", "started_at"),
+        Index(
+            "ix_run_share",
+            "queue",
+            "created_by",
+            "started_at",
+            sqlite_where=_BEGUN,
+            postgresql_where=_BEGUN,
+        ),
         Index(
             "ix_run_waiting",
             "queue",
@@ -64,9 +76,11 @@ class Run(Base):
             "priority",
             "created_at",
             "id",
-            sqlite_where=text("state IN ('interrupted', 'queued')"),
-            postgresql_where=text("state IN ('interrupted', 'queued')"),
+            sqlite_where=_WAITING,
+            postgresql_where=_WAITING,
         ),
+        Index("ix_run_due", "publish_after", sqlite_where=_WAITING, postgresql_where=_WAITING),
+        Index("ix_run_held", "queue", "created_by", sqlite_where=_HELD, postgresql_where=_HELD),
     )
 
 

@@ -14,9 +14,9 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from service import faults
+from service import queue as turns
 from service.db import (
     CLAIMABLE,
-    HELD,
     Run,
     RunState,
     db_now,
@@ -45,7 +45,7 @@ def reap(
         with `worker_lost` after `max_attempts`.
     """
     is_over = or_(Run.lease_until < db_now(), Run.lease_until > db_now(2 * lease_s))
-    is_out = and_(Run.state.in_(HELD), is_over)
+    is_out = and_(turns.is_held(Run), is_over)
     is_confirmed = or_(Run.suspect_at < db_now(-suspect_s), Run.suspect_at > db_now(2 * lease_s))
     is_canceled = Run.cancel_requested_at.is_not(None)
     is_spent = Run.attempt >= max_attempts
@@ -95,11 +95,11 @@ def due(session: Session, *, limit: int = 50) -> list[tuple[str, str]]:
     is_time = or_(  # the second: the clock was set back
         Run.publish_after <= db_now(), Run.publish_after > db_now(2 * LATE_REMINDER_S)
     )
-    is_due = and_(Run.state.in_(CLAIMABLE), is_time)
+    is_due = and_(turns.is_open(Run), is_time)
     picked = (
         select(Run.id)
         .where(is_due)
-        .order_by(Run.priority.desc(), Run.created_at)
+        .order_by(Run.publish_after)  # whichever rings, the best run is claimed
         .limit(limit)
         .with_for_update(skip_locked=True)
     )

@@ -128,9 +128,9 @@ def test_a_better_run_of_another_kind_is_not_passed(sessions, scans):
     better = post(sessions, "segment", scans[1], model, priority=5)
 
     with sessions() as session:
-        assert runs.claim(session, None, "inference", "w", only=runs.RunKind.EMBED) is None
+        assert runs.claim(session, None, "inference", "w", only=db.RunKind.EMBED) is None
         assert runs.claim(session, None, "inference", "w").run_id == better
-        assert runs.claim(session, None, "inference", "w", only=runs.RunKind.EMBED).run_id == worse
+        assert runs.claim(session, None, "inference", "w", only=db.RunKind.EMBED).run_id == worse
 
 
 def test_results_say_that_the_cpu_stood_in(sessions, settings, scans, make_bundle, random_encoder):
