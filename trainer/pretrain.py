@@ -71,8 +71,11 @@ def run(
     method.to(device)
     lay_out(method)
     state = folder.resume(out, head, report)
+    prepared = False
     if state is not None:
         method.load_state_dict(state["method"])
+    else:
+        prepared = method.prepare(volumes, sampler, report, should_stop)
     descent = method.descent(device)
     start = 0
     if state is not None:
@@ -84,6 +87,9 @@ def run(
         parts = {"method": method.state_dict(), "optimizer": descent.state_dict()}
         whole = {**head, **parts, "rng": checkpoint.rng_state()}
         checkpoint.save(out / folder.CHECKPOINTS, step, whole)
+
+    if prepared and distributed.is_first():
+        save(0)
 
     # On a GPU the loss is looked at when something is logged or saved, so that no step waits; the
     # first bad step is remembered on the device.

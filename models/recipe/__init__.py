@@ -15,6 +15,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from models.recipe.cpc3d import Cpc3d
 from models.recipe.finetune import (
     ClassifyRecipe,
     ClassifyRecipe2d,
@@ -22,8 +23,10 @@ from models.recipe.finetune import (
     LabelCrop,
     SplitShares,
 )
+from models.recipe.mae import Mae
 from models.recipe.method import MethodRecipe
 from models.recipe.methods import METHODS, AnyMethod
+from models.recipe.models_genesis import ModelsGenesis
 from models.recipe.optimizer import Constant, Cosine, Drops, Optimizer
 from models.recipe.parts import (
     TISSUE_HU,
@@ -49,6 +52,8 @@ from models.recipe.parts import (
 from models.recipe.pcrl import Contrast, Pcrl, Pushed, Reconstruction
 from models.recipe.pretrain import PretrainRecipe, PretrainRecipe2d
 from models.recipe.rotnet import RotNet
+from models.recipe.rubiks_cube import RubiksCube
+from models.recipe.semantic_genesis import SemanticGenesis
 from models.recipe.views import CropPairs, ImageCrops, ImageViews
 
 __all__ = [
@@ -64,6 +69,7 @@ __all__ = [
     "Constant",
     "Contrast",
     "Cosine",
+    "Cpc3d",
     "CropPairs",
     "Drops",
     "FinetuneRecipe",
@@ -72,7 +78,9 @@ __all__ = [
     "LabelCrop",
     "LabelName",
     "LabelValue",
+    "Mae",
     "MethodRecipe",
+    "ModelsGenesis",
     "Normalisation",
     "Optimizer",
     "OwnRange",
@@ -89,6 +97,8 @@ __all__ = [
     "Reconstruction",
     "ResNetUNet2d",
     "RotNet",
+    "RubiksCube",
+    "SemanticGenesis",
     "Share",
     "Size",
     "Size2d",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from models.recipe.parts import Part
+from models.recipe.parts import Part, Size
+from models.recipe.views import CropPairs
 
 Defaults = Mapping[str, object]
 
@@ -55,3 +56,30 @@ class MethodRecipe(Part):
         Raises:
             ValueError: Says what.
         """
+
+    def check_crops(self, crops: CropPairs) -> None:
+        """Refuse crops in 3D that the method cannot use.
+
+        Raises:
+            ValueError: Says what.
+        """
+
+
+def require_volumes(title: str, dims: Literal[2, 3]) -> None:
+    """Refuse 2D, for methods of volumes alone.
+
+    Raises:
+        ValueError: Names the method.
+    """
+    if dims == 2:
+        raise ValueError(f"{title} is for volumes alone, and the network is in 2D")
+
+
+def require_blocks(name: str, side: int, size: Size) -> None:
+    """Refuse blocks that do not fill a crop.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    if any(extent % side for extent in size):
+        raise ValueError(f"{name} {side} divides not every extent of input_size {size}")

@@ -7,11 +7,24 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from models.recipe.cpc3d import Cpc3d
+from models.recipe.mae import Mae
 from models.recipe.method import MethodRecipe, Sections
+from models.recipe.models_genesis import ModelsGenesis
 from models.recipe.pcrl import Pcrl
 from models.recipe.rotnet import RotNet
+from models.recipe.rubiks_cube import RubiksCube
+from models.recipe.semantic_genesis import SemanticGenesis
 
-METHODS: Mapping[str, type[MethodRecipe]] = {"pcrl": Pcrl, "rotnet": RotNet}
+METHODS: Mapping[str, type[MethodRecipe]] = {
+    "pcrl": Pcrl,
+    "rotnet": RotNet,
+    "cpc3d": Cpc3d,
+    "mae": Mae,
+    "models_genesis": ModelsGenesis,
+    "rubiks_cube": RubiksCube,
+    "semantic_genesis": SemanticGenesis,
+}
 
 
 def _name_of(given: object) -> object:
@@ -33,7 +46,13 @@ def defaults_of(given: object) -> Sections:
 
 
 AnyMethod = Annotated[
-    Annotated[Pcrl, Tag("pcrl")] | Annotated[RotNet, Tag("rotnet")],
+    Annotated[Pcrl, Tag("pcrl")]
+    | Annotated[RotNet, Tag("rotnet")]
+    | Annotated[Cpc3d, Tag("cpc3d")]
+    | Annotated[Mae, Tag("mae")]
+    | Annotated[ModelsGenesis, Tag("models_genesis")]
+    | Annotated[RubiksCube, Tag("rubiks_cube")]
+    | Annotated[SemanticGenesis, Tag("semantic_genesis")],
     Discriminator(_name_of),
 ]
 """Told apart by `name`."""

@@ -80,6 +80,7 @@ class PretrainRecipe(_Pretraining):
             window = self.preprocessing.intensity
             if not isinstance(window, Window) or not window.low_hu < TISSUE_HU < window.high_hu:
                 raise ValueError(f"max_tissue needs a window that contains {TISSUE_HU} HU")
+        self.method.check_crops(self.crops)
         return self
 
 

@@ -29,6 +29,38 @@ CHEST = Path(__file__).resolve().parents[2] / "../shared/data/ct_chest_lidc/lidc
 
 TINY: dict[str, dict[str, Any]] = {
     "rotnet": {"method": {"name": "rotnet"}},
+    "models_genesis": {"method": {"name": "models_genesis"}, "learning_rate": 0.3},
+    "mae": {"method": {"name": "mae", "block_size": 8}, "learning_rate": 0.05},
+    "cpc3d": {
+        "method": {
+            "name": "cpc3d",
+            "patch_size": 8,
+            "code_size": 16,
+            "context_size": 8,
+            "context_rows": 1,
+            "future_rows": 1,
+        },
+        "learning_rate": 0.003,
+    },
+    "rubiks_cube": {
+        "method": {"name": "rubiks_cube", "side": 8, "critic_width": 2, "critic_steps": 1},
+        "learning_rate": 0.003,
+    },
+    "semantic_genesis": {
+        "method": {
+            "name": "semantic_genesis",
+            "num_classes": 3,
+            "neighbours": 3,
+            "head_width": 8,
+            "elastic_alpha": 20.0,
+            "elastic_sigma": 2.0,
+            "jitter": 2,
+            "autoencoder_size": [16, 16, 16],
+            "autoencoder_steps": 2,
+        },
+        "crops": {"crop_sizes": [[24, 24, 16], [20, 20, 16]], "border": [0, 0, 0]},
+        "learning_rate": 0.005,
+    },
 }
 """By name of the case: what differs from `FIELDS`. Its own defaults stand for the rest."""
 FIELDS: dict[str, Any] = {
@@ -116,6 +148,7 @@ def test_a_short_run_lowers_the_loss_on_a_real_ct(case: str) -> None:
     sampler = PairSampler(recipe.crops, volumes.shapes)
     torch.manual_seed(0)
     method = methods.make(recipe)
+    method.prepare(volumes, sampler, Stops(1), lambda: False)
 
     def loss() -> float:
         """Of batches that the run does not see, on a copy."""

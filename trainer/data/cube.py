@@ -109,7 +109,7 @@ def rotation_table(side: int) -> Tensor:
 
 
 @functools.cache
-def rotations() -> tuple[tuple[tuple[int, int, int], tuple[int, ...]], ...]:
+def rotations() -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
     """Each rotation as a transposition and the axes flipped after it; the first changes nothing.
 
     A transposition with flips is a rotation, and no mirror image, where both are even or both odd.
@@ -127,6 +127,6 @@ def rotations() -> tuple[tuple[tuple[int, int, int], tuple[int, ...]], ...]:
 
 
 def _rotated(
-    cube: np.typing.NDArray[np.int64], order: tuple[int, int, int], flips: tuple[int, ...]
+    cube: np.typing.NDArray[np.int64], order: tuple[int, ...], flips: tuple[int, ...]
 ) -> np.typing.NDArray[np.int64]:
     return np.ascontiguousarray(np.flip(cube.transpose(order), flips))

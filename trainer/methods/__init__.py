@@ -4,11 +4,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.recipe import AnyPretrain
+from trainer.methods.cpc3d import Cpc3d
+from trainer.methods.mae import Mae
 from trainer.methods.method import Method
+from trainer.methods.models_genesis import ModelsGenesis
 from trainer.methods.pcrl import Pcrl
 from trainer.methods.rotnet import RotNet
+from trainer.methods.rubiks_cube import RubiksCube
+from trainer.methods.semantic_genesis import SemanticGenesis
 
-METHODS: Mapping[str, type[Method[Any, Any]]] = {"pcrl": Pcrl, "rotnet": RotNet}
+METHODS: Mapping[str, type[Method[Any, Any]]] = {
+    "pcrl": Pcrl,
+    "rotnet": RotNet,
+    "cpc3d": Cpc3d,
+    "mae": Mae,
+    "models_genesis": ModelsGenesis,
+    "rubiks_cube": RubiksCube,
+    "semantic_genesis": SemanticGenesis,
+}
 """By the `name` of the recipe's method."""
 
 

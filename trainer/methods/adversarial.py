@@ -47,10 +47,11 @@ def gradient_penalty(
 ) -> Tensor:
     """(|gradient| - 1)^2 at a random point between each two volumes, mean over the batch."""
     between = torch.lerp(restored, truth, share[:, None, None, None, None])
-    between.requires_grad_(requires_grad=True)
+    between.requires_grad_()
     scores = critic(between, disarranged)
     (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
-    return ((gradient.float().flatten(1).norm(dim=1) - 1) ** 2).mean()
+    slope: Tensor = gradient.float().flatten(1).norm(dim=1)  # (B,)
+    return ((slope - 1) ** 2).mean()
 
 
 def generator_loss(critic: Critic, restored: Tensor, disarranged: Tensor) -> Tensor:

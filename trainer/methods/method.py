@@ -12,6 +12,7 @@ subclass of `Method` in `trainer/methods/NAME.py` (listed in `trainer.methods`),
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
 from trainer.optimizers import make_optimizer, set_rate
+from trainer.report import Report
 
 
 class StepLosses(Protocol):
@@ -56,6 +58,23 @@ class Method(nn.Module, ABC, Generic[V, L]):
     def __init__(self, recipe: AnyPretrain) -> None:
         super().__init__()
         self.recipe = recipe
+
+    def prepare(
+        self,
+        volumes: Resident | ResidentImages,
+        sampler: PairSampler | None,
+        report: Report,
+        should_stop: Callable[[], bool],
+    ) -> bool:
+        """Learn what the training needs to know, once, before the first step of a fresh run.
+
+        Returns:
+            Whether anything was learnt, which is then saved; a resume does not ask again.
+
+        Raises:
+            Preempted: Stopped on request.
+        """
+        return False
 
     @abstractmethod
     def make_views(
