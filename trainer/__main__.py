@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +128,9 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
     if args.command == "dataset":
         _list_dataset(args, report)
         return
+    if args.command == "probe":
+        _probe(args, report)
+        return
     recipe = None if args.command == "export" else read_recipe(args.recipe, args.command)
     import torch
 
@@ -166,6 +170,25 @@ def _list_dataset(args: argparse.Namespace, report: Report) -> None:
     options = Options(args.channel, args.uncertain, args.unmentioned, args.views)
     shares = SplitShares(seed=args.seed)
     found = write_list(args.kind, args.folder, args.out, options, shares, report)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+
+
+def _probe(args: argparse.Namespace, report: Report) -> None:
+    """Print what a frozen encoder knows of rotation or position, as JSON."""
+    import torch
+
+    from trainer.data.scans import discover
+    from trainer.probes.encoders import load_encoder
+    from trainer.probes.run import run
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dims = load_encoder(args.model)[1].network.dims
+    shares = SplitShares(train=0.7, val=0.0, test=0.3, seed=args.seed)
+    scans = discover(args.scans, shares=shares, dims=dims)
+    with tempfile.TemporaryDirectory() as made:
+        cache, device = args.cache or Path(made), _device(args.device)
+        found = run(args.probe, args.model, scans, cache, report, device=device, seed=args.seed)
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
@@ -224,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--parent", type=Path, help="bundle to start from")
         _add_common(command)
     _add_dataset(commands.add_parser("dataset"))
+    _add_probe(commands.add_parser("probe"))
     command = commands.add_parser("export")
     command.add_argument("--checkpoint", type=Path, required=True)
     _add_common(command)
@@ -240,6 +264,17 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
     command.add_argument("--views", choices=("frontal", "lateral", "all"), default="frontal")
     command.add_argument("--seed", type=int, default=0, help="of the split by patient")
     command.add_argument("--events", choices=("human", "jsonl"), default="human")
+
+
+def _add_probe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("probe", choices=("rotation", "position"))
+    command.add_argument("model", type=Path, help="checkpoint or bundle")
+    command.add_argument("--scans", type=Path, required=True, help="folder or JSON list")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--cache", type=Path, help="preprocessed volumes; else kept nowhere")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--events", choices=("human", "jsonl"), default="human")
+    command.add_argument("--threads", type=int, default=0, help="0 lets torch choose")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
