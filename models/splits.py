@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 SPLITS = ("train", "val", "test")
@@ -47,6 +48,28 @@ def split_by_subject(
     return placed
 
 
+def nested_subset(subjects: Mapping[str, bool], ratio: float, seed: int) -> frozenset[str]:
+    """A share of the subjects, such that a smaller share of the same seed lies in a larger one.
+
+    Those that count and the others are taken by the share each, and at least one of either where
+    there is one, so a tenth of the labels has the findings of a tenth.
+
+    Args:
+        subjects: Every subject, and whether it counts; see `split_by_subject`.
+        ratio: Above 0, at most 1, which is all of them.
+        seed: Another seed is another order in which subjects come in.
+    """
+    chosen: set[str] = set()
+    for counts in (True, False):
+        group = sorted(
+            (name for name in subjects if subjects[name] is counts),
+            key=lambda name: _shuffle_key(f"labelled {seed}", name),
+        )
+        number = math.floor(len(group) * ratio + 0.5)
+        chosen.update(group[: max(number, min(1, len(group)))])
+    return frozenset(chosen)
+
+
 def _sizes(number: int, shares: Mapping[str, float], taken: Mapping[str, int]) -> dict[str, int]:
     """How many of `number` subjects go into each split, by largest remainder."""
     positive = {name: max(0.0, shares[name]) for name in SPLITS}
@@ -70,5 +93,5 @@ def _sizes(number: int, shares: Mapping[str, float], taken: Mapping[str, int]) -
     return sizes
 
 
-def _shuffle_key(seed: int, subject: str) -> bytes:
+def _shuffle_key(seed: int | str, subject: str) -> bytes:
     return hashlib.sha256(f"{seed}:{subject}".encode()).digest()

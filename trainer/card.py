@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from models.bundle import Manifest
 from models.recipe import (
+    AnyClassify,
     FinetuneRecipe,
     OwnRange,
     Preprocessing2d,
@@ -184,6 +185,12 @@ def _origin_lines(manifest: Manifest) -> list[str]:
         f"- Recipe `{manifest.recipe.digest()}`, in full in `manifest.json`.",
         f"- Code {lineage.code_version}, torch {lineage.torch_version}.",
     ]
+    recipe = manifest.recipe
+    if isinstance(recipe, FinetuneRecipe | AnyClassify) and recipe.labelled.ratio < 1.0:
+        lines.append(
+            f"- Trained on {recipe.labelled.ratio:.3g} of the labelled training patients, chosen "
+            f"by seed {recipe.labelled.seed}."
+        )
     if lineage.parent_digest is not None:
         lines.append(
             f"- Started from bundle `{lineage.parent_digest}`: {len(lineage.loaded_keys)} tensors "

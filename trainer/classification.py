@@ -7,6 +7,8 @@ B batch, N examples, L labels.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
 from models.bundle import Quality
+from models.experiment.cases import CaseResult, CaseResults
 from models.recipe import AnyClassify, ClassifyRecipe, ClassifyRecipe2d
 from trainer.data import cases
 from trainer.data.examples import Batches, VolumeSource, truth_of
@@ -98,6 +101,9 @@ class Classification:
         self._source.check(every_case, setting.report)
         self._check_labels()
         self._loaded: tuple[Split, Examples] | None = None
+        self._scores: dict[Split, Tensor] = {}
+        """Of each example as it was judged last, (N, L)."""
+        self._subject_of = {scan.id: scan.subject for scan in setting.scans.scans}
         self._train = self._source.lay_out(self._cases["train"])
         self._batches = self._source.batches(self._train)
 
@@ -108,6 +114,24 @@ class Classification:
     def quality(self) -> Quality | None:
         """None: a classifier's result has no flag."""
         return None
+
+    def case_results(self, split: Split) -> CaseResults:
+        """Score and truth of each example, as `judge` found them last; a place is numbered."""
+        labels, rows = self._recipe.labels, self._truth(split)
+        number: Counter[str] = Counter()
+        found = []
+        for (scan, truth), scores in zip(rows, self._scores[split].tolist(), strict=True):
+            number[scan] += 1
+            known = {n: int(t) for n, t in zip(labels, truth, strict=True) if not math.isnan(t)}
+            found.append(
+                CaseResult(
+                    case_id=f"{scan}#{number[scan]}",
+                    subject=self._subject_of[scan],
+                    values=dict(zip(labels, scores, strict=True)),
+                    truth=known,
+                )
+            )
+        return CaseResults(measure="auc", labels=labels, cases=tuple(found))
 
     def sample(self) -> Tensor:
         """Real network input for the parity check, float16 (1, C, ...)."""
@@ -141,6 +165,7 @@ class Classification:
         scores = torch.cat(logits)  # (N, L)
         if self._recipe.exclusive:
             scores = scores.softmax(dim=1)
+        self._scores[split] = scores
         metrics: Metrics = {}
         for at, name in enumerate(self._recipe.labels):
             is_known = ~examples.truth[:, at].isnan()

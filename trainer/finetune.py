@@ -16,6 +16,7 @@ from trainer.build import build, lay_out
 from trainer.checkpoint import State
 from trainer.classification import Classification
 from trainer.data.scan_set import ScanSet
+from trainer.data.scans import with_labelled
 from trainer.errors import NonFiniteLossError, Preempted
 from trainer.folder import ShouldStop
 from trainer.optimizers import cosine
@@ -67,6 +68,7 @@ def run(
     """
     if (done := folder.finished(out, recipe, report)) is not None:
         return done
+    scans = with_labelled(scans, recipe.labelled)
     torch.manual_seed(recipe.seed)
     network = build(recipe, fused=isinstance(recipe, FinetuneRecipe) and recipe.fused)
     origin = _start_from(network, parent, recipe, report)
@@ -143,6 +145,7 @@ def run(
         tested = {f"test_{name}": metric for name, metric in task.judge("test").items()}
         report.metric(recipe.num_steps, {name: metric["value"] for name, metric in tested.items()})
         final["metrics"] |= tested
+        folder.write_cases(out, task.case_results("test"))
     return export.publish(
         final,
         out / folder.BUNDLE,

@@ -1,12 +1,14 @@
 """The output folder of a run: what a rerun finds in it, and what each checkpoint says of the run.
 
 bundle/        the result; its presence says that the run is done
+cases.json     of a fine-tuning with test scans: what it scored on each of them
 checkpoints/   what a rerun resumes from
 cache/         preprocessed volumes
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models import bundle
+from models.experiment.cases import FILE, CaseResults
 from models.recipe import AnyRecipe
 from trainer import checkpoint
 from trainer.checkpoint import State
@@ -51,6 +54,16 @@ def finished(out: Path, recipe: AnyRecipe, report: Report) -> Path | None:
         )
     report.result(BUNDLE, bundle.digest_of(folder))
     return folder
+
+
+def write_cases(out: Path, results: CaseResults) -> None:
+    """Publish the test split's results by rename; they are there before the bundle is."""
+    draft = out / f".{FILE}"
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(results.model_dump_json())
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(out / FILE)
 
 
 def header(

@@ -8,6 +8,7 @@ B batch, C channels, R regions or classes, I J K voxels.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
 
 from models.bundle import Quality
+from models.experiment.cases import CaseResult, CaseResults
 from models.recipe import FinetuneRecipe
 from models.tiling import margins, pad
 from models.uncertainty import EntropyMeter, calibrated
@@ -67,6 +69,9 @@ class Segmentation:
         self._check_targets(setting.report)
         self._certainty: list[tuple[float | None, float]] = []
         """Mean foreground entropy and mean Dice of each scan that judges."""
+        self._scores: dict[Split, list[list[float]]] = {}
+        """Of each case as it was judged last, NaN where it has none of a label or region."""
+        self._subject_of = {scan.id: scan.subject for scan in setting.scans.scans}
         self._images, self._labels, self._sampler = self._make_resident(self._cases["train"])
 
     def has(self, split: Split) -> bool:
@@ -79,6 +84,22 @@ class Segmentation:
             return None
         split: Literal["train", "val"] = "val" if self.judged_on == "val" else "train"
         return calibrated(self._certainty, min_dice=self._recipe.quality_min_dice, split=split)
+
+    def case_results(self, split: Split) -> CaseResults:
+        """Dice of each label or region by case, as `judge` found it last."""
+        cases = tuple(
+            CaseResult(
+                case_id=case.id,
+                subject=self._subject_of[case.id],
+                values={
+                    name: score
+                    for name, score in zip(self._recipe.targets, scores, strict=True)
+                    if not math.isnan(score)
+                },
+            )
+            for case, scores in zip(self._cases[split], self._scores[split], strict=True)
+        )
+        return CaseResults(measure="dice", labels=self._recipe.targets, cases=cases)
 
     def sample(self) -> Tensor:
         """Real network input for the parity check, float16 (1, C, I, J, K)."""
@@ -115,7 +136,7 @@ class Segmentation:
         for done, case in enumerate(cases, start=1):
             judged.append(self._dice(case))
             self._report.progress("judge", done, len(cases))  # or it would look stalled
-        by_case = [scores for scores, _ in judged]
+        by_case = self._scores[split] = [scores for scores, _ in judged]
         self._network.train()
         if split == self.judged_on and self._recipe.labels:
             means = [(mean_ignoring_nan(scores), entropy) for scores, entropy in judged]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.bundle import Quality
+from models.experiment.cases import CaseResults
 from trainer.data.scan_set import ScanSet, Split
 from trainer.folder import Metrics
 from trainer.report import Report
@@ -47,6 +48,9 @@ class Task(Protocol):
 
     def judge(self, split: Split) -> Metrics:
         """How good the network is now."""
+
+    def case_results(self, split: Split) -> CaseResults:
+        """What the last `judge` of that split found, case by case."""
 
     def quality(self) -> Quality | None:
         """When serving shall flag a scan, from the last `judge` on `judged_on`; None: never."""

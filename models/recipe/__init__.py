@@ -21,6 +21,7 @@ from models.recipe.finetune import (
     ClassifyRecipe2d,
     FinetuneRecipe,
     LabelCrop,
+    LabelledShare,
     SplitShares,
 )
 from models.recipe.mae import Mae
@@ -79,6 +80,7 @@ __all__ = [
     "LabelName",
     "LabelValue",
     "Mae",
+    "LabelledShare",
     "MethodRecipe",
     "ModelsGenesis",
     "Normalisation",
@@ -107,6 +109,7 @@ __all__ = [
     "UNet3d",
     "Window",
     "ZScore",
+    "recipe_form",
 ]
 
 AnyPretrain = PretrainRecipe | PretrainRecipe2d
@@ -114,7 +117,7 @@ AnyClassify = ClassifyRecipe | ClassifyRecipe2d
 AnyRecipe = AnyPretrain | FinetuneRecipe | AnyClassify
 
 
-def _form(given: object) -> str | None:
+def recipe_form(given: object) -> str | None:
     """Kind of a recipe, and whether its network is 2D."""
 
     def of(part: object, name: str) -> object:
@@ -132,6 +135,6 @@ Recipe = Annotated[
     | Annotated[FinetuneRecipe, Tag("finetune")]
     | Annotated[ClassifyRecipe, Tag("classify")]
     | Annotated[ClassifyRecipe2d, Tag("classify_2d")],
-    Discriminator(_form),
+    Discriminator(recipe_form),
 ]
 """Told apart by `kind`, and by `network.kind` where there are both."""

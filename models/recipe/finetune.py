@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -31,12 +32,24 @@ class SplitShares(Part):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
+class LabelledShare(Part):
+    """Which part of the labelled training patients is used: what an experiment varies.
+
+    A smaller share lies in a larger one of the same seed. Validation and test stay as they are.
+    """
+
+    ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Of patients, rounded, at least one."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
 class _Finetuning(Part):
     """What every fine-tuning has; the defaults are P's."""
 
     channels: Annotated[tuple[LabelName, ...], Field(min_length=1)] = ("image",)
     """Images of one scan on one grid, in the order of the network's input (BraTS: modalities)."""
     split: SplitShares = SplitShares()
+    labelled: LabelledShare = LabelledShare()
     num_steps: PositiveInt = 10_000
     learning_rate: PositiveFloat = 1e-4
     """Of Adam."""
@@ -46,6 +59,8 @@ class _Finetuning(Part):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     checkpoint_every: PositiveInt = 500
     log_every: PositiveInt = 10
+
+    ADDED: ClassVar[Mapping[str, object]] = {"labelled": LabelledShare()}
 
     @model_validator(mode="after")
     def _distinct_channels(self) -> Self:

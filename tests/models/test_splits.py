@@ -1,12 +1,13 @@
 """Subjects are split completely, fairly, and the same way again."""
 
+import itertools
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.splits import SPLITS, split_by_subject
+from models.splits import SPLITS, nested_subset, split_by_subject
 
 PAPER = {"train": 0.7, "val": 0.1, "test": 0.2}
 
@@ -60,3 +61,27 @@ def test_another_seed_is_another_split_and_no_shares_are_refused():
     assert split_by_subject(subjects, PAPER, 0) != split_by_subject(subjects, PAPER, 1)
     with pytest.raises(ValueError, match="sum to 0"):
         split_by_subject(subjects, dict.fromkeys(SPLITS, 0.0), 0)
+
+
+@given(counts=st.lists(st.booleans(), min_size=1, max_size=40), seed=st.integers(0, 5))
+def test_a_smaller_share_of_the_labels_lies_in_a_larger_one(counts, seed):
+    subjects = {f"s{number}": has for number, has in enumerate(counts)}
+    ratios = (0.01, 0.1, 0.2, 0.5, 0.9, 1.0)
+
+    subsets = [nested_subset(subjects, ratio, seed) for ratio in ratios]
+
+    for smaller, larger in itertools.pairwise(subsets):
+        assert smaller <= larger
+    assert subsets[0] and subsets[-1] == set(subjects)
+    for ratio, subset in zip(ratios, subsets, strict=True):
+        for value in (True, False):
+            group = [name for name in subjects if subjects[name] is value]
+            taken = sum(name in subset for name in group)
+            assert abs(taken - ratio * len(group)) <= 0.5 or taken == 1
+    assert subsets[2] == nested_subset(dict(reversed(subjects.items())), 0.2, seed)
+
+
+def test_another_seed_is_another_subset():
+    subjects = dict.fromkeys((f"s{number}" for number in range(40)), True)
+
+    assert len({nested_subset(subjects, 0.2, seed) for seed in range(8)}) == 8

@@ -12,6 +12,7 @@ from imaging import nifti
 from imaging.volume import Volume
 from models import bundle
 from models.bundle import BundleError
+from models.experiment.cases import CaseResults, CaseTable
 from models.networks.classifier import Classifier
 from models.networks.unet3d import UNet3d, UNet3dEncoder
 from models.predict import segment
@@ -87,6 +88,12 @@ def test_nodules_are_told_from_air(
     manifest = bundle.load(folder)
     found = {name: (metric.split, metric.n) for name, metric in manifest.metrics.items()}
     assert manifest.metrics["test_auc_nodule"].value > 0.9
+    results = CaseResults.model_validate_json((tmp_path / "cases.json").read_bytes())
+    by_case = CaseTable.of(results).value()[0]
+    assert by_case == pytest.approx(manifest.metrics["test_auc_mean"].value, abs=1e-6)
+    assert {case.case_id for case in results.cases} == {
+        f"{case.subject[1:]}#{number}" for case in results.cases for number in (1, 2, 3, 4)
+    }
     assert found["auc_mean"][0] == "val" and found["test_ap_nodule"][0] == "test"
     assert found["test_auc_nodule"][1] % 4 == 0  # every example once, though training balances
     assert (manifest.kind, manifest.labels) == ("classifier", ("nodule",))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from models.recipe import SplitShares
+from models.recipe import LabelledShare, SplitShares
 from trainer.data.scan_set import SPLITS
-from trainer.data.scans import discover
+from trainer.data.scans import discover, with_labelled
 from trainer.errors import DataError
 
 MODALITIES = ("flair", "t1c")
@@ -136,3 +136,22 @@ def test_a_list_may_hold_channels_and_examples(tmp_path: Path) -> None:
         path.write_text(json.dumps({"digest": "d", "scans": [{**entry, **change}]}))
         with pytest.raises(DataError, match=f"bad_scan_list: .*{reason}"):
             discover(path)
+
+
+def test_fewer_labels_leave_validation_test_and_unlabelled_scans_alone(tmp_path: Path) -> None:
+    names = [f"p{number}" for number in range(10)]
+    touch(tmp_path / "train", *(f"{one}_image.nii" for one in [*names, "bare"]))
+    touch(tmp_path / "train", *(f"{one}_label.nii" for one in names))
+    for split in ("val", "test"):
+        touch(tmp_path / split, f"{split}_image.nii", f"{split}_label.nii")
+    scans = discover(tmp_path)
+
+    few = with_labelled(scans, LabelledShare(ratio=0.2, seed=3))
+
+    kept = {scan.id for scan in few.scans}
+    assert len(kept & set(names)) == 2
+    assert kept - set(names) == {"bare", "val", "test"}
+    more = {scan.id for scan in with_labelled(scans, LabelledShare(ratio=0.5, seed=3)).scans}
+    assert kept < more
+    assert few.digest != scans.digest
+    assert with_labelled(scans, LabelledShare()) is scans

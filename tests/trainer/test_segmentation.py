@@ -13,6 +13,7 @@ from imaging import nifti
 from imaging.volume import Volume
 from models import bundle
 from models.bundle import BundleError
+from models.experiment.cases import CaseResults, CaseTable
 from models.networks.unet3d import UNet3d
 from models.predict import segment
 from models.recipe import FinetuneRecipe
@@ -98,6 +99,11 @@ def test_four_channels_become_three_overlapping_regions(
     losses = [values["loss"] for _, values in report.metrics if "loss" in values]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert manifest.metrics["test_dice_whole_tumour"].value > 0.6
+    results = CaseResults.model_validate_json((tmp_path / "out" / "cases.json").read_bytes())
+    assert [case.case_id for case in results.cases] == ["d"]
+    assert results.labels == tuple(REGIONS)
+    tested = manifest.metrics["test_dice_mean"].value
+    assert CaseTable.of(results).value()[0] == pytest.approx(tested)
     assert found["dice_mean"] == ("val", 1) and found["test_dice_mean"] == ("test", 1)
     assert (manifest.activation, manifest.channels) == ("sigmoid", MODALITIES)
     assert manifest.inputs[0].shape[1] == 4 and manifest.outputs[0].shape[1] == 3

@@ -9,19 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from models.recipe import SplitShares
-from models.splits import split_by_subject
+from models.recipe import LabelledShare, SplitShares
+from models.splits import nested_subset, split_by_subject
 from trainer.data.scan_folder import from_folder
 from trainer.data.scan_set import SPLITS, Example, Point, ScanFile, ScanSet, Split
 from trainer.errors import DataError
 
-__all__ = ["SPLITS", "Example", "ScanFile", "ScanSet", "Split", "discover"]
+__all__ = ["SPLITS", "Example", "ScanFile", "ScanSet", "Split", "discover", "with_labelled"]
 
 
 def discover(
@@ -56,14 +56,34 @@ def discover(
     return found
 
 
-def _split(scans: ScanSet, shares: SplitShares) -> ScanSet:
-    """Subjects with labels, or with a finding, are split apart from the others."""
+def with_labelled(scans: ScanSet, share: LabelledShare) -> ScanSet:
+    """The scans without those of labelled training patients beyond a share.
+
+    Scans without labels or examples stay, and so do validation and test.
+    """
+    if share.ratio == 1.0:
+        return scans
+    known = [scan for scan in scans.of("train") if scan.labels is not None or scan.examples]
+    kept = nested_subset(_counts(known), share.ratio, share.seed)
+    dropped = {scan.id for scan in known if scan.subject not in kept}
+    facts = [scans.digest, *sorted(dropped)]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    return ScanSet(digest, tuple(scan for scan in scans.scans if scan.id not in dropped))
+
+
+def _counts(scans: Iterable[ScanFile]) -> dict[str, bool]:
+    """Whether each subject has labels or a finding: such are split apart from the others."""
     counts: dict[str, bool] = defaultdict(bool)
-    for scan in scans.scans:
+    for scan in scans:
         has_finding = any(1 in example.classes.values() for example in scan.examples)
         counts[scan.subject] |= has_finding or scan.labels is not None
+    return counts
+
+
+def _split(scans: ScanSet, shares: SplitShares) -> ScanSet:
+    """Subjects by the shares; those that count apart from the others."""
     by_name: dict[str, float] = {name: getattr(shares, name) for name in SPLITS}
-    placed = split_by_subject(counts, by_name, shares.seed)
+    placed = split_by_subject(_counts(scans.scans), by_name, shares.seed)
     moved = [
         dataclasses.replace(scan, split=split)
         for scan in scans.scans
