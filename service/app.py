@@ -24,6 +24,7 @@ from service.routers import (
     datasets,
     deps,
     embeddings,
+    experiments,
     health,
     models,
     releases,
@@ -55,6 +56,7 @@ ROUTERS = (
     segmentations.router,
     embeddings.router,
     batches.router,
+    experiments.router,
 )
 
 

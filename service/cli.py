@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service import cli_client, cli_datasets, cli_models, logs, migrate
+from service import cli_client, cli_datasets, cli_experiments, cli_models, logs, migrate
 from service.process import stop_with_parent
 from service.settings import Settings, get_settings
 
@@ -30,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
 )
 cli_client.add_commands(app)
+cli_experiments.add_group(app)
 cli_models.add_groups(app)
 app.add_typer(cli_datasets.dataset_app, name="dataset")
 console = Console()

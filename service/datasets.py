@@ -14,13 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from models.splits import SPLITS, split_by_subject
 from service import volumes
-from service.db import Batch, Cursor, Dataset, DatasetItem, Page, Run, Volume, new_id, page
+from service.db import (
+    Batch,
+    Cursor,
+    Dataset,
+    DatasetItem,
+    Experiment,
+    Page,
+    Run,
+    Volume,
+    new_id,
+    page,
+)
 from service.errors import ServiceError
 
 GEOMETRY_TOLERANCE_MM = 0.01
@@ -128,12 +139,21 @@ def delete(session: Session, dataset_id: str) -> None:
     """Delete a dataset, not its volumes; the caller commits.
 
     Raises:
-        ServiceError: 404 `not_found`; 409 `dataset_in_use` if runs or batches refer to it.
+        ServiceError: 404 `not_found`; 409 `dataset_in_use` if runs, batches or experiments refer
+            to it.
     """
     dataset = get(session, dataset_id)
     uses = {
         "runs": select(func.count()).select_from(Run).where(Run.dataset_id == dataset_id),
         "batches": select(func.count()).select_from(Batch).where(Batch.dataset_id == dataset_id),
+        "experiments": select(func.count())
+        .select_from(Experiment)
+        .where(
+            or_(
+                Experiment.source_dataset_id == dataset_id,
+                Experiment.target_dataset_id == dataset_id,
+            )
+        ),
     }
     found = {name: session.scalar(count) or 0 for name, count in uses.items()}
     if any(found.values()):

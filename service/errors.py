@@ -84,7 +84,7 @@ _SCANS = {
 _RESOURCES = {
     "volume_in_use": Kind(409, "A dataset, a run or a golden case refers to the volume"),
     "wrong_volume_kind": Kind(422, "The volume is of the wrong kind"),
-    "dataset_in_use": Kind(409, "Runs or batches refer to the dataset"),
+    "dataset_in_use": Kind(409, "Runs, batches or experiments refer to the dataset"),
     "dataset_without_labels": Kind(422, "The dataset has no labels to learn from"),
     "label_shape_mismatch": Kind(422, "Labels and image have different shapes"),
     "label_geometry_mismatch": Kind(422, "Labels and image lie on different grids"),
@@ -101,6 +101,7 @@ _RESOURCES = {
     "no_golden_cases": Kind(409, "The model has no golden cases"),
     "too_many_golden_cases": Kind(409, "The model has as many golden cases as it may have"),
     "not_an_archive": Kind(422, "The file is neither a zip nor a tar"),
+    "experiment_canceled": Kind(409, "The experiment was canceled"),
     "nothing_to_retry": Kind(409, "No scan of the batch failed or was canceled"),
     "incompatible_parent": Kind(422, "The parent's network does not fit the recipe's"),
 }

@@ -17,7 +17,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import celery_app, db, logs, retention, runs, uploads, volumes
+from service import celery_app, db, experiments, logs, retention, runs, uploads, volumes
 from service.db import Idempotency, Run, RunState, WorkerHeartbeat, db_now
 from service.errors import ServiceError
 from service.settings import Settings
@@ -52,6 +52,7 @@ def run(settings: Settings, *, stop: threading.Event | None = None) -> None:
 
 def dispatch(sessions: sessionmaker[Session], settings: Settings) -> int:
     """Take back lost runs, then ring for every run that waits; returns how many were rung for."""
+    plan(sessions)
     with sessions() as session:
         for run_id in runs.reap(
             session,
@@ -67,6 +68,16 @@ def dispatch(sessions: sessionmaker[Session], settings: Settings) -> int:
                 runs.not_rung(session, [run_id for run_id, _ in waiting[number:]])
             break
     return len(waiting)
+
+
+def plan(sessions: sessionmaker[Session]) -> None:
+    """Queue the trainings of experiments that have become possible; `runs.due` rings for them."""
+    with sessions() as session:
+        waiting = experiments.waiting(session)
+        session.commit()
+        for experiment_id in waiting:
+            experiments.advance(session, experiment_id)
+            session.commit()
 
 
 def sweep(sessions: sessionmaker[Session], store: Store, settings: Settings) -> None:

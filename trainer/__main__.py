@@ -1,5 +1,7 @@
 """`python -m trainer COMMAND`: the shell's and the supervisor's way in.
 
+The commands are `pretrain`, `finetune`, `experiment`, `probe`, `dataset` and `export`.
+
 Exit status: 0 done; 64 bad recipe or data; 75 stopped on request, checkpoint written; 76 GPU out
 of memory; 77 host out of memory; 78 non-finite loss; 79 parity gate failed; 1 anything else.
 
@@ -20,12 +22,13 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from imaging.datasets import READERS, Options
 from models.bundle import BundleError
+from models.experiment.plan import Plan
 from models.recipe import AnyRecipe, PretrainRecipe, PretrainRecipe2d, Recipe, SplitShares
 from trainer import errors, launch
 from trainer.errors import DataError, TrainingError
@@ -38,6 +41,7 @@ _PR_SET_PDEATHSIG = 1
 _KINDS = {"pretrain": ("pretrain",), "finetune": ("finetune", "classify")}
 """Which recipes a command takes."""
 _RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
+Read = TypeVar("Read")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,6 +135,9 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
     if args.command == "probe":
         _probe(args, report)
         return
+    if args.command == "experiment":
+        _experiment(args, report, stop)
+        return
     recipe = None if args.command == "export" else read_recipe(args.recipe, args.command)
     import torch
 
@@ -192,6 +199,27 @@ def _probe(args: argparse.Namespace, report: Report) -> None:
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
+def _experiment(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
+    """Work through a plan; trainings that failed end the process with `trainings_failed`."""
+    plan = _read(args.plan, TypeAdapter(Plan), ())
+    import torch
+
+    from trainer import experiment
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    found = experiment.run(
+        plan, args.source, args.target, args.out, report,
+        device=_device(args.device), should_stop=stop, retry=args.retry,
+    )  # fmt: skip
+    if failed := [key for key, one in found.items() if one.state == "failed"]:
+        raise TrainingError(
+            "trainings_failed",
+            f"{len(failed)} of {len(found)} trainings failed; report.md says why, and --retry "
+            "does them again",
+        )
+
+
 def read_recipe(path: Path, command: str) -> AnyRecipe:
     """Read a recipe that the command takes.
 
@@ -199,20 +227,24 @@ def read_recipe(path: Path, command: str) -> AnyRecipe:
         DataError: `bad_recipe`, naming the first field that is wrong.
     """
     kinds = _KINDS[command]
-    try:
-        recipe = _RECIPE.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError("bad_recipe", "the recipe file does not exist") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(
-            str(part) for part in first["loc"] if part not in (*kinds, "pretrain_2d", "classify_2d")
-        )
-        raise DataError("bad_recipe", f"{field or 'recipe'}: {first['msg']}") from error
+    recipe = _read(path, _RECIPE, kinds)
     if recipe.kind not in kinds:
         expected = " or ".join(kinds)
         raise DataError("bad_recipe", f"kind: this is a {recipe.kind} recipe, expected {expected}")
     return recipe
+
+
+def _read(path: Path, form: TypeAdapter[Read], kinds: tuple[str, ...]) -> Read:
+    """Read a file of JSON; `kinds` are tags in the place of an error that no file holds."""
+    try:
+        return form.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError("bad_recipe", "the recipe file does not exist") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        tags = (*kinds, "pretrain_2d", "classify_2d")
+        field = ".".join(str(part) for part in first["loc"] if part not in tags)
+        raise DataError("bad_recipe", f"{field or 'recipe'}: {first['msg']}") from error
 
 
 def _device(name: str) -> torch.device:
@@ -248,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_common(command)
     _add_dataset(commands.add_parser("dataset"))
     _add_probe(commands.add_parser("probe"))
+    _add_experiment(commands.add_parser("experiment"))
     command = commands.add_parser("export")
     command.add_argument("--checkpoint", type=Path, required=True)
     _add_common(command)
@@ -275,6 +308,15 @@ def _add_probe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--events", choices=("human", "jsonl"), default="human")
     command.add_argument("--threads", type=int, default=0, help="0 lets torch choose")
+
+
+def _add_experiment(command: argparse.ArgumentParser) -> None:
+    command.add_argument("plan", type=Path, help="JSON file: methods, fine-tuning, ratios, seeds")
+    command.add_argument("--source", type=Path, required=True, help="scans to pretrain on")
+    command.add_argument("--target", type=Path, required=True, help="labelled scans")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--retry", action="store_true", help="do failed trainings again")
+    _add_common(command)
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:

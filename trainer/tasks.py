@@ -29,10 +29,11 @@ from typing import Any
 from celery import shared_task
 
 from models import bundle
-from service import datasets, faults, runs, volumes
+from models.experiment.cases import FILE as CASES
+from service import celery_app, datasets, experiments, faults, runs, volumes
 from service.db import RunKind, RunState
 from service.lease import Keeper
-from service.runs import Lease, NewVersion
+from service.runs import Lease, NewArtifact, NewVersion
 from service.worker import Worker, this_worker, work_through
 from trainer import errors, launch
 from trainer import news as news_file
@@ -90,6 +91,7 @@ def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
             runs.give_back(session, lease, "preempted", exit_code=status)
     else:
         _end_badly(worker, lease, news, status, is_oom=_oom_kills() > oom_kills)
+    _plan(worker, lease)
 
 
 def prepare(worker: Worker, lease: Lease, folder: Path) -> list[str]:
@@ -231,8 +233,27 @@ def _succeed(worker: Worker, lease: Lease, folder: Path, news: News) -> None:
             result=result,
             outcome="done",
             exit_code=0,
+            artifacts=_cases(worker, folder.parent / CASES),
             register=new,
         )
+
+
+def _cases(worker: Worker, path: Path) -> tuple[NewArtifact, ...]:
+    """What a fine-tuning scored on the test cases, where there are any."""
+    if not path.exists():
+        return ()
+    return (NewArtifact(CASES, *worker.store.put_file(path), "application/json"),)
+
+
+def _plan(worker: Worker, lease: Lease) -> None:
+    """Queue what this run's end has made possible in its experiment; upkeep would, a little later.
+
+    This worker goes on with it; the doorbells are for others.
+    """
+    with worker.sessions() as session:
+        made = experiments.advance_after(session, lease.run_id)
+    for run in made[1:]:
+        celery_app.ring(run.id, run.queue, settings=worker.settings)
 
 
 def _end_badly(worker: Worker, lease: Lease, news: News, status: int, *, is_oom: bool) -> None:

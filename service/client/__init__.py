@@ -6,6 +6,7 @@ code. Creating calls carry an `Idempotency-Key`, so a connection that breaks is 
 
 from service.answers import ApiError
 from service.client.batches import Batches
+from service.client.experiments import Experiments
 from service.client.inference import Inference
 from service.client.models import Models
 from service.client.scans import Scans
@@ -13,5 +14,5 @@ from service.client.scans import Scans
 __all__ = ["ApiError", "Client"]
 
 
-class Client(Scans, Models, Inference, Batches):
+class Client(Scans, Models, Inference, Batches, Experiments):
     """One service and one token; a context manager. Safe to use from several threads."""

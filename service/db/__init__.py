@@ -8,6 +8,7 @@ to stop) and `interrupted` (lost its worker; will resume by itself). Terminal st
 from service.db.access import Idempotency, Token
 from service.db.base import Base, UtcDateTime, db_now
 from service.db.connection import Cursor, Page, Row, connect, insert_if_absent, page, sessions
+from service.db.experiments import Experiment, ExperimentCell
 from service.db.models import (
     AliasEvent,
     GoldenCase,
@@ -50,6 +51,8 @@ __all__ = [
     "Embedding",
     "EmbeddingChange",
     "EmbeddingSpace",
+    "Experiment",
+    "ExperimentCell",
     "GoldenCase",
     "Idempotency",
     "Model",

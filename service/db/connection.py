@@ -20,6 +20,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.db.base import Base, UtcDateTime
+from service.db.experiments import Experiment
 from service.db.scans import Dataset, Volume
 from service.db.work import Batch, Run
 
@@ -73,7 +74,7 @@ def insert_if_absent(session: Session, table: type[Base], **values: Any) -> None
     session.execute(insert(table).values(**values).on_conflict_do_nothing())
 
 
-Row = TypeVar("Row", Run, Volume, Dataset, Batch)
+Row = TypeVar("Row", Run, Volume, Dataset, Batch, Experiment)
 Cursor = tuple[datetime, str]
 
 

@@ -13,6 +13,7 @@ from service.schemas.base import (
     BatchId,
     DatasetId,
     EmbeddingId,
+    ExperimentId,
     Finding,
     Item,
     Matrix,
@@ -71,6 +72,15 @@ from service.schemas.embeddings import (
     SearchFilters,
     SimilarCase,
     SimilarCases,
+)
+from service.schemas.experiments import (
+    CellState,
+    Experiment,
+    ExperimentCell,
+    ExperimentCells,
+    ExperimentCreate,
+    ExperimentExtend,
+    ExperimentPage,
 )
 from service.schemas.health import Capabilities, Check, Health, Readiness
 from service.schemas.inference import Inference, InferenceCreate
@@ -140,6 +150,7 @@ __all__ = [
     "Capabilities",
     "CascadeCreate",
     "CascadePasses",
+    "CellState",
     "Certificate",
     "Check",
     "Dataset",
@@ -157,6 +168,13 @@ __all__ = [
     "EntropyMap",
     "Event",
     "Events",
+    "Experiment",
+    "ExperimentCell",
+    "ExperimentCells",
+    "ExperimentCreate",
+    "ExperimentExtend",
+    "ExperimentId",
+    "ExperimentPage",
     "Finding",
     "GoldenCase",
     "GoldenCaseSet",

@@ -18,6 +18,7 @@ RunId = Annotated[
     str, Field(pattern=r"^(run|seg|emb|chk|imp)_[0-9a-f]{32}$", examples=[f"run_{HEX}"])
 ]
 BatchId = Annotated[str, Field(pattern=r"^bat_[0-9a-f]{32}$", examples=[f"bat_{HEX}"])]
+ExperimentId = Annotated[str, Field(pattern=r"^exp_[0-9a-f]{32}$", examples=[f"exp_{HEX}"])]
 SegmentationId = Annotated[str, Field(pattern=r"^seg_[0-9a-f]{32}$", examples=[f"seg_{HEX}"])]
 EmbeddingId = Annotated[str, Field(pattern=r"^emb_[0-9a-f]{32}$", examples=[f"emb_{HEX}"])]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,99}$", examples=["liver-tumour"])]

@@ -88,6 +88,15 @@ def scan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tested_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `scan_folder`, with two test scans."""
+    folder = tmp_path_factory.mktemp("tested")
+    for seed, name in enumerate("abcde", start=1):
+        write_scan(folder / {"c": "val", "d": "test", "e": "test"}.get(name, "train"), name, seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pretrain_recipe() -> PretrainRecipe:
     return PretrainRecipe.model_validate(pretrain_fields())
 

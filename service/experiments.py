@@ -1,0 +1,396 @@
+"""Experiments: a plan, its trainings as ordinary runs, and what has come of them.
+
+    waiting -----advance----> a run (queued ... succeeded | failed | canceled)
+    waiting -----advance----> failed     its pretraining has not succeeded
+    waiting -----advance----> canceled   the experiment was
+
+`advance` is the planner: it looks at the rows and makes what has become possible. It may be called
+at any time, by anyone, any number of times: by the request that plans, by a worker that has ended
+a run, and by upkeep, which finds what a killed process left undone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from models.experiment.cases import FILE, CaseResults
+from models.experiment.plan import Cell, Method, Plan, cells, extended, recipe_of
+from models.experiment.report import Outcome, Report, build
+from service import datasets, registry, runs
+from service.db import (
+    TERMINAL,
+    Artifact,
+    Cursor,
+    Experiment,
+    ExperimentCell,
+    Page,
+    Run,
+    RunState,
+    db_now,
+    new_id,
+    page,
+)
+from service.errors import ServiceError
+from service.storage import Store
+
+PRIORITY = -10
+"""Of a training: a worker takes any single request before it."""
+WAITING = "waiting"
+CANCELED = {"code": "canceled", "detail": "the experiment was canceled before it began"}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A cell with its row and its run, if it has them."""
+
+    cell: Cell
+    row: ExperimentCell | None
+    run: Run | None
+
+    @property
+    def state(self) -> str:
+        """The run's; without one `waiting`, `failed` or `canceled`."""
+        if self.run is not None:
+            return self.run.state
+        error = self.error
+        if error is None:
+            return WAITING
+        return "canceled" if error["code"] == CANCELED["code"] else "failed"
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """Code and detail of why it has no result."""
+        if self.run is not None:
+            return self.run.error
+        return self.row.error if self.row is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How far an experiment is."""
+
+    counts: dict[str, int]
+    """Cells in each state."""
+    finished_at: datetime | None
+    """When the last run ended; None while one has not."""
+
+    @property
+    def num_cells(self) -> int:
+        """All trainings."""
+        return sum(self.counts.values())
+
+    @property
+    def num_ended(self) -> int:
+        """Those that have ended."""
+        return sum(count for state, count in self.counts.items() if state in TERMINAL)
+
+    @property
+    def state(self) -> str:
+        """`running` until all have ended, then `succeeded`, `failed` (any did) or `canceled`."""
+        if self.num_ended < self.num_cells:
+            return "running"
+        if RunState.CANCELED in self.counts:
+            return "canceled"
+        return "failed" if RunState.FAILED in self.counts else "succeeded"
+
+
+def create(
+    session: Session,
+    *,
+    name: str,
+    source_dataset_id: str,
+    target_dataset_id: str,
+    plan: Plan,
+    principal: str,
+) -> tuple[Experiment, list[Run]]:
+    """Plan an experiment; the caller commits, then rings for the runs.
+
+    Raises:
+        ServiceError: 404 `not_found`; 422 `dataset_without_labels` if nothing labelled trains or
+            tests; 422 `split_leaks_subject` if a pretraining would see who validates or tests.
+    """
+    _check_datasets(session, source_dataset_id, target_dataset_id, plan)
+    experiment = Experiment(
+        id=new_id("exp"),
+        name=name,
+        source_dataset_id=source_dataset_id,
+        target_dataset_id=target_dataset_id,
+        plan=plan.model_dump(mode="json"),
+        created_by=principal,
+    )
+    session.add(experiment)
+    session.flush()
+    return experiment, advance(session, experiment.id)
+
+
+def get(session: Session, experiment_id: str) -> Experiment:
+    """An experiment by id.
+
+    Raises:
+        ServiceError: 404 `not_found`.
+    """
+    experiment = session.get(Experiment, experiment_id, populate_existing=True)
+    if experiment is None:
+        raise ServiceError(404, "not_found", "no experiment has this id")
+    return experiment
+
+
+def listing(session: Session, *, size: int = 50, after: Cursor | None = None) -> Page[Experiment]:
+    """Experiments, newest first."""
+    return page(session, Experiment, size=size, after=after)
+
+
+def plan_of(experiment: Experiment) -> Plan:
+    """The plan as it is now."""
+    return Plan.model_validate(experiment.plan)
+
+
+def standings(session: Session, experiment: Experiment) -> list[Standing]:
+    """Every cell of the plan in its order, with what has become of it."""
+    found = session.execute(
+        select(ExperimentCell, Run)
+        .outerjoin(Run, Run.id == ExperimentCell.run_id)
+        .where(ExperimentCell.experiment_id == experiment.id)
+        .execution_options(populate_existing=True)
+    )
+    by_key = {row.key: (row, run) for row, run in found}
+    return [
+        Standing(cell, *by_key.get(cell.key, (None, None))) for cell in cells(plan_of(experiment))
+    ]
+
+
+def summary(experiment: Experiment, found: Sequence[Standing]) -> Summary:
+    """How far the cells are together."""
+    counts = dict(Counter(one.state for one in found))
+    has_ended = all(state in TERMINAL for state in counts)
+    ends = [one.run.finished_at for one in found if one.run is not None and one.run.finished_at]
+    last = max(ends, default=experiment.canceled_at or experiment.created_at)
+    return Summary(counts, last if has_ended else None)
+
+
+def advance(session: Session, experiment_id: str) -> list[Run]:
+    """Queue every training that has become possible; the caller commits, then rings for them.
+
+    The experiment's row is locked meanwhile: of two who advance at once the second finds the runs
+    of the first. Nothing is made twice and, since the rows alone decide, nothing is forgotten.
+    """
+    experiment = session.scalars(
+        select(Experiment)
+        .where(Experiment.id == experiment_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    if experiment is None:
+        return []
+    plan = plan_of(experiment)
+    found = {one.cell.key: one for one in standings(session, experiment)}
+    made = []
+    for key, one in found.items():  # pretrainings come before what needs them
+        row = one.row
+        if row is None:
+            row = ExperimentCell(experiment_id=experiment.id, key=key, tries=0)
+            session.add(row)
+            found[key] = Standing(one.cell, row, None)
+        if row.run_id is not None or row.error is not None:
+            continue
+        if experiment.canceled_at is not None:
+            row.error = CANCELED
+            continue
+        parent = found[one.cell.parent] if one.cell.parent is not None else None
+        if parent is not None and parent.state in TERMINAL - {RunState.SUCCEEDED}:
+            row.error = _pretraining_failed(parent)
+        elif parent is None or parent.state == RunState.SUCCEEDED:
+            run = _train(session, experiment, plan, one.cell, parent)
+            row.run_id, row.tries = run.id, row.tries + 1
+            made.append(run)
+    session.flush()
+    return made
+
+
+def advance_after(session: Session, run_id: str) -> list[Run]:
+    """Queue what the end of a run has made possible. Commits."""
+    experiment_id = session.scalar(
+        select(ExperimentCell.experiment_id).where(ExperimentCell.run_id == run_id)
+    )
+    made = advance(session, experiment_id) if experiment_id is not None else []
+    session.commit()
+    return made
+
+
+def waiting(session: Session) -> list[str]:
+    """Experiments with a cell that has neither a run nor a reason."""
+    is_waiting = (ExperimentCell.run_id.is_(None), ExperimentCell.error.is_(None))
+    return list(session.scalars(select(ExperimentCell.experiment_id).where(*is_waiting).distinct()))
+
+
+def cancel(session: Session, experiment_id: str) -> None:
+    """Ask every run of it to end and begin no other; the caller commits.
+
+    Raises:
+        ServiceError: 404 `not_found`; 409 `run_already_ended` if all have ended.
+    """
+    experiment = get(session, experiment_id)
+    found = standings(session, experiment)
+    if summary(experiment, found).finished_at is not None:
+        raise ServiceError(409, "run_already_ended", "every training has ended already")
+    if experiment.canceled_at is None:
+        experiment.canceled_at = session.scalar(select(db_now()))
+        session.flush()
+    advance(session, experiment_id)
+    for one in standings(session, experiment):
+        if one.run is not None and one.run.state not in TERMINAL:
+            try:
+                runs.request_cancel(session, one.run.id)
+            except ServiceError as error:
+                if error.code != "run_already_ended":  # it ended meanwhile: fine
+                    raise
+
+
+def extend(
+    session: Session,
+    experiment_id: str,
+    *,
+    methods: tuple[Method, ...] = (),
+    ratios: tuple[float, ...] = (),
+    seeds: tuple[int, ...] = (),
+    retry: bool = False,
+) -> list[Run]:
+    """Add to a plan; what is done stays. The caller commits, then rings for the runs.
+
+    Args:
+        session: Database session.
+        experiment_id: The experiment.
+        methods: New ones.
+        ratios: New ones.
+        seeds: New ones.
+        retry: Do what failed or was canceled again; a canceled experiment goes on by it alone.
+
+    Raises:
+        ServiceError: 404 `not_found`; 409 `experiment_canceled`; 422 `invalid_request`.
+    """
+    experiment = get(session, experiment_id)
+    if experiment.canceled_at is not None and not retry:
+        raise ServiceError(
+            409, "experiment_canceled", "the experiment was canceled; ask with retry to go on"
+        )
+    try:
+        plan = extended(plan_of(experiment), methods=methods, ratios=ratios, seeds=seeds)
+    except ValueError as error:
+        raise ServiceError(422, "invalid_request", str(error)) from None
+    _check_datasets(session, experiment.source_dataset_id, experiment.target_dataset_id, plan)
+    if retry:
+        experiment.canceled_at = None
+        for one in standings(session, experiment):
+            if one.row is not None and one.state in TERMINAL - {RunState.SUCCEEDED}:
+                one.row.run_id, one.row.error = None, None
+    experiment.plan = plan.model_dump(mode="json")
+    session.flush()
+    return advance(session, experiment_id)
+
+
+def outcomes(session: Session, store: Store, experiment: Experiment) -> dict[str, Outcome]:
+    """What has become of each cell, with the cases of those that are done."""
+    found = standings(session, experiment)
+    run_ids = [one.run.id for one in found if one.run is not None]
+    kept = select(Artifact).where(Artifact.run_id.in_(run_ids), Artifact.name == FILE)
+    files = {artifact.run_id: artifact.sha256 for artifact in session.scalars(kept)}
+    return {one.cell.key: _outcome(one, files, store) for one in found}
+
+
+def report(
+    session: Session, store: Store, experiment: Experiment
+) -> tuple[Report, dict[str, Outcome]]:
+    """The report so far, and what it is of."""
+    found = outcomes(session, store, experiment)
+    told = build(
+        plan_of(experiment),
+        found,
+        name=experiment.name,
+        source=datasets.get(session, experiment.source_dataset_id).name,
+        target=datasets.get(session, experiment.target_dataset_id).name,
+    )
+    return told, found
+
+
+def _outcome(one: Standing, files: Mapping[str, str], store: Store) -> Outcome:
+    error = one.error or {}
+    reason = f"{error['code']}: {error['detail']}" if error else ""
+    if one.state == RunState.SUCCEEDED:
+        assert one.run is not None
+        if one.cell.kind == "pretrain":
+            return Outcome("succeeded")
+        path = store.verify(files[one.run.id])
+        return Outcome("succeeded", CaseResults.model_validate_json(path.read_bytes()))
+    if one.state == RunState.FAILED:
+        return Outcome("failed", reason=reason)
+    return Outcome("canceled" if one.state == RunState.CANCELED else "open", reason=reason)
+
+
+def _train(
+    session: Session, experiment: Experiment, plan: Plan, cell: Cell, parent: Standing | None
+) -> Run:
+    """A run of a cell; its model's name holds the experiment's id, so it meets no other."""
+    encoder = None
+    if parent is not None:
+        assert parent.run is not None  # it has succeeded
+        encoder = registry.of_run(session, parent.run.id)
+    stem = f"{experiment.id[:12]}.{cell.method}"
+    is_encoder = cell.kind == "pretrain"
+    return runs.create(
+        session,
+        kind=cell.kind,
+        spec={
+            "recipe": recipe_of(plan, cell).model_dump(mode="json"),
+            "parent": encoder.digest if encoder is not None else None,
+            "parent_ref": parent.run.id if parent is not None and parent.run is not None else None,
+            "model_name": f"{stem}.encoder" if is_encoder else stem,
+            "experiment": {"id": experiment.id, "cell": cell.key},
+        },
+        dataset_id=experiment.source_dataset_id if is_encoder else experiment.target_dataset_id,
+        priority=PRIORITY,
+        principal=experiment.created_by,
+    )
+
+
+def _pretraining_failed(parent: Standing) -> dict[str, str]:
+    """Why a fine-tuning cannot begin; canceled where its pretraining was."""
+    if parent.state == RunState.CANCELED:
+        return {"code": CANCELED["code"], "detail": "its pretraining was canceled"}
+    error = parent.error or {"code": "unknown", "detail": ""}
+    return {
+        "code": "pretraining_failed",
+        "detail": f"{parent.cell.key} failed: {error['code']}: {error['detail']}"[:2000],
+    }
+
+
+def _check_datasets(session: Session, source_id: str, target_id: str, plan: Plan) -> None:
+    source, target = datasets.get(session, source_id), datasets.get(session, target_id)
+    items = datasets.items_of(session, target.id)
+    for split in ("train", "test"):
+        if not any(item.split == split and item.labels_id is not None for item in items):
+            raise ServiceError(
+                422,
+                "dataset_without_labels",
+                f"none of the target's {len(items)} volumes has labels and is in its {split} "
+                "split; an experiment needs at least one",
+            )
+    if all(method.pretrain is None for method in plan.methods):
+        return
+    held_out = {item.subject for item in items if item.split != "train"}
+    trained = {
+        item.subject for item in datasets.items_of(session, source.id) if item.split == "train"
+    }
+    if both := held_out & trained:
+        raise ServiceError(
+            422,
+            "split_leaks_subject",
+            f"{len(both)} subjects that validate or test in the target are in the source's train "
+            "split; their scans would be pretrained on",
+        )

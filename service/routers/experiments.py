@@ -1,0 +1,266 @@
+"""Experiments: plan a comparison, follow it, extend it, read its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+from fastapi import Query, Response
+from fastapi.responses import JSONResponse
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from models.experiment import render
+from models.experiment.curve import svg
+from models.experiment.report import Outcome, Report
+from service import celery_app, db, experiments, quota, schemas
+from service.idempotency import Answer
+from service.pagination import PageSize, PageToken, cursor_of, token_of
+from service.routers import deps, docs
+
+RETRY_AFTER_S = "30"
+Form = Literal["json", "markdown", "svg", "csv"]
+FORMS: dict[Form, tuple[str, Callable[[Report, dict[str, Outcome]], str]]] = {
+    "json": ("application/json", lambda told, _: told.model_dump_json()),
+    "markdown": ("text/markdown; charset=utf-8", lambda told, _: render.markdown(told)),
+    "svg": ("image/svg+xml", lambda told, _: svg(told)),
+    "csv": ("text/csv; charset=utf-8", lambda told, found: render.cases_csv(told.plan, found)),
+}
+_REPORT: docs.Responses = {
+    200: {
+        "description": "The report so far: as JSON or Markdown, its curve as SVG, its cases as CSV",
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "examples": [{"name": "Liver", "points": []}]}
+            },
+            "text/markdown": {"schema": {"type": "string"}},
+            "image/svg+xml": {"schema": {"type": "string"}},
+            "text/csv": {"schema": {"type": "string"}},
+        },
+    }
+}
+
+router = deps.router("experiments")
+
+
+@router.post(
+    "/experiments",
+    status_code=202,
+    operation_id="create_experiment",
+    summary="Compare pretrainings by what is fine-tuned from them",
+    response_model=schemas.Experiment,
+    responses=docs.problems(
+        "forbidden",
+        "not_found",
+        "request_too_large",
+        "invalid_request",
+        "dataset_without_labels",
+        "split_leaks_subject",
+        "idempotency_mismatch",
+        "idempotency_in_flight",
+        "quota_exceeded",
+    ),
+)
+async def create_experiment(
+    ask: schemas.ExperimentCreate,
+    caller: deps.Researcher,
+    once: deps.OnceOf,
+    settings: deps.SettingsOf,
+) -> JSONResponse:
+    """Queue every training that can begin; the others follow as their pretrainings end."""
+
+    def work(session: Session) -> Answer:
+        quota.check_runs(session, caller.id, settings)
+        experiment, _made = experiments.create(
+            session,
+            name=ask.name,
+            source_dataset_id=ask.source_dataset_id,
+            target_dataset_id=ask.target_dataset_id,
+            plan=ask.plan(),
+            principal=caller.id,
+        )
+        return _accepted(session, experiment)
+
+    answer, is_new = await run_in_threadpool(once.answer, caller, work)
+    if is_new:  # one doorbell: a worker goes on until nothing waits, and upkeep wakes others
+        await run_in_threadpool(celery_app.ring, str(answer.body["id"]), "train", settings=settings)
+    return deps.reply(answer, is_new=is_new)
+
+
+@router.get(
+    "/experiments",
+    operation_id="list_experiments",
+    summary="List experiments, newest first",
+    responses=docs.problems("invalid_request"),
+)
+def list_experiments(
+    _caller: deps.Viewer,
+    session: deps.DbSession,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
+) -> schemas.ExperimentPage:
+    """Experiments with how far they are."""
+    page = experiments.listing(session, size=page_size, after=cursor_of(page_token))
+    items = tuple(_view(session, row) for row in page.items)
+    return schemas.ExperimentPage(items=items, next_page_token=token_of(page.next))
+
+
+@router.get(
+    "/experiments/{experiment_id}",
+    operation_id="get_experiment",
+    summary="Get an experiment",
+    responses=docs.problems("invalid_request", "not_found"),
+)
+def get_experiment(
+    experiment_id: schemas.ExperimentId, _caller: deps.Viewer, session: deps.DbSession
+) -> schemas.Experiment:
+    """Its plan, and how far it is: the number of trainings in each state."""
+    return _view(session, experiments.get(session, experiment_id))
+
+
+@router.get(
+    "/experiments/{experiment_id}/trainings",
+    operation_id="list_experiment_trainings",
+    summary="List the trainings of an experiment",
+    responses=docs.problems("invalid_request", "not_found"),
+)
+def list_experiment_trainings(
+    experiment_id: schemas.ExperimentId,
+    _caller: deps.Viewer,
+    session: deps.DbSession,
+    state: Annotated[schemas.CellState | None, Query()] = None,
+) -> schemas.ExperimentCells:
+    """Every training with its run, whose metrics and events are at `/runs/{run_id}`."""
+    found = experiments.standings(session, experiments.get(session, experiment_id))
+    return schemas.ExperimentCells(
+        items=tuple(_cell(one) for one in found if state in (None, one.state))
+    )
+
+
+@router.get(
+    "/experiments/{experiment_id}/report",
+    operation_id="get_experiment_report",
+    summary="Get the report of an experiment",
+    response_class=Response,
+    responses=_REPORT | docs.problems("invalid_request", "not_found"),
+)
+def get_experiment_report(
+    experiment_id: schemas.ExperimentId,
+    _caller: deps.Viewer,
+    session: deps.DbSession,
+    store: deps.StoreOf,
+    form: Annotated[Form, Query(alias="format")] = "json",
+) -> Response:
+    """The curve, its intervals and tests, of the trainings that have succeeded so far."""
+    told, found = experiments.report(session, store, experiments.get(session, experiment_id))
+    media_type, made = FORMS[form]
+    return Response(made(told, found), media_type=media_type)
+
+
+@router.post(
+    "/experiments/{experiment_id}:extend",
+    status_code=202,
+    operation_id="extend_experiment",
+    summary="Add methods, ratios or seeds to an experiment",
+    response_model=schemas.Experiment,
+    responses=docs.problems(
+        "forbidden",
+        "request_too_large",
+        "invalid_request",
+        "not_found",
+        "dataset_without_labels",
+        "split_leaks_subject",
+        "experiment_canceled",
+        "idempotency_mismatch",
+        "idempotency_in_flight",
+        "quota_exceeded",
+    ),
+)
+async def extend_experiment(
+    experiment_id: schemas.ExperimentId,
+    ask: schemas.ExperimentExtend,
+    caller: deps.Researcher,
+    once: deps.OnceOf,
+    settings: deps.SettingsOf,
+) -> JSONResponse:
+    """Queue what is new; trainings that are done are part of the larger experiment."""
+
+    def work(session: Session) -> Answer:
+        quota.check_runs(session, caller.id, settings)
+        experiments.extend(
+            session,
+            experiment_id,
+            methods=ask.methods,
+            ratios=ask.ratios,
+            seeds=ask.seeds,
+            retry=ask.retry,
+        )
+        return _accepted(session, experiments.get(session, experiment_id))
+
+    answer, is_new = await run_in_threadpool(once.answer, caller, work)
+    if is_new:
+        await run_in_threadpool(celery_app.ring, experiment_id, "train", settings=settings)
+    return deps.reply(answer, is_new=is_new)
+
+
+@router.post(
+    "/experiments/{experiment_id}:cancel",
+    status_code=202,
+    operation_id="cancel_experiment",
+    summary="Stop an experiment",
+    responses=docs.problems("forbidden", "invalid_request", "not_found", "run_already_ended"),
+)
+def cancel_experiment(
+    experiment_id: schemas.ExperimentId, _caller: deps.Researcher, session: deps.DbSession
+) -> schemas.Experiment:
+    """Ask every training that has not ended to end; what is done stays, and is reported."""
+    experiments.cancel(session, experiment_id)
+    session.commit()
+    return _view(session, experiments.get(session, experiment_id))
+
+
+def _accepted(session: Session, experiment: db.Experiment) -> Answer:
+    session.refresh(experiment)
+    headers = {
+        "Location": f"{deps.PREFIX}/experiments/{experiment.id}",
+        "Retry-After": RETRY_AFTER_S,
+    }
+    return Answer(202, headers, _view(session, experiment).model_dump(mode="json"))
+
+
+def _view(session: Session, row: db.Experiment) -> schemas.Experiment:
+    found: Sequence[experiments.Standing] = experiments.standings(session, row)
+    summary = experiments.summary(row, found)
+    return schemas.Experiment.model_validate(
+        {
+            "id": row.id,
+            "name": row.name,
+            "source_dataset_id": row.source_dataset_id,
+            "target_dataset_id": row.target_dataset_id,
+            "plan": row.plan,
+            "state": summary.state,
+            "num_trainings": summary.num_cells,
+            "counts": summary.counts,
+            "fraction": summary.num_ended / summary.num_cells,
+            "canceled_at": row.canceled_at,
+            "created_at": row.created_at,
+            "finished_at": summary.finished_at,
+        }
+    )
+
+
+def _cell(one: experiments.Standing) -> schemas.ExperimentCell:
+    return schemas.ExperimentCell.model_validate(
+        {
+            "key": one.cell.key,
+            "kind": one.cell.kind,
+            "method": one.cell.method,
+            "ratio": one.cell.ratio,
+            "seed": one.cell.seed,
+            "state": one.state,
+            "run_id": one.run.id if one.run is not None else None,
+            "tries": one.row.tries if one.row is not None else 0,
+            "progress": one.run.progress if one.run is not None else None,
+            "error": one.error,
+        }
+    )
