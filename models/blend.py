@@ -274,7 +274,12 @@ class Counter:
 
 def own_windows(session: Network, shape: Shape | None = None) -> Windows:
     """The windows that a model is served with, on a volume of this shape; see `serving_windows`."""
-    windows = serving_windows(session.manifest, shape)
+    return windows_of(session.manifest, shape)
+
+
+def windows_of(manifest: Manifest, shape: Shape | None = None) -> Windows:
+    """The same of a manifest."""
+    windows = serving_windows(manifest, shape)
     return replace(windows, batch=batch_size(windows.size))
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from imaging.resample import resampled_grid
 from imaging.volume import Grid, Shape, Volume
-from models import box, preflight, reference
+from models import box, pace, reference
 from models.blend import Counter, Network, Progress, own_windows
 from models.box import Box
 from models.bundle import (
@@ -119,7 +119,7 @@ def segment_case(
         coarse: The open coarse network, of a cascade of two.
         flips: Axes of the fine pass's mirror images (`models.flips`); 2, 4 or 8 times the work.
         wants_map: Keep a map of the entropy.
-        plan: How to do the fine pass, from `models.preflight.plan` of the whole scan.
+        plan: How to do it, from `models.preflight.plan` with the same flips and coarse network.
         progress: Told after every batch; what is left to do shrinks when the organ is found.
         should_stop: Asked before every batch, in both passes.
 
@@ -146,7 +146,11 @@ def segment_case(
                 grid=grid,
                 at_least=patch,
                 counter=Counter(_with_more(progress, later=later), should_stop),
+                plan=plan.coarse if plan is not None else None,
             )
+        if plan is not None and plan.coarse is not None and coarse is not None:
+            size = plan.coarse.windows.size
+            pace.learn(coarse, num_coarse * math.prod(size), clock.spent("coarse"))
         part = found.box or part
         windows = _no_larger(own_windows(session, part.shape), windows)
 
@@ -174,7 +178,7 @@ def segment_case(
     )
     num_fine = num_views * counter.total
     if plan is not None:
-        preflight.learn(session, num_fine * math.prod(windows.size), clock.spent("infer"))
+        pace.learn(session, num_fine * math.prod(windows.size), clock.spent("infer"))
     entropy_map = None
     if wants_map:
         with clock.stage("uncertainty"):
@@ -269,12 +273,22 @@ def _look(
     grid: Grid,
     at_least: Shape,
     counter: Counter,
+    plan: Preflight | None,
 ) -> tuple[_Found, int]:
     """The coarse pass; the organ's box is at least a window large, since a window is run anyway."""
     spec, _ = volume_input(network.manifest)
     source = preparation(volume, spec)
     labels = np.zeros(source.grid.shape, dtype=np.uint8)
-    fill(network, source, source.grid, labels, counter=counter, clock=Clock())
+    fill(
+        network,
+        source,
+        source.grid,
+        labels,
+        counter=counter,
+        clock=Clock(),
+        windows=plan.windows if plan is not None else None,
+        num_blocks=plan.num_blocks if plan is not None else 1,
+    )
     found, organ_ml = box_of_organ(
         labels, source.grid, cascade, network.manifest.labels, fine_grid=grid
     )

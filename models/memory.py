@@ -1,4 +1,4 @@
-"""Memory that this process has, and memory that it may still take, as Linux tells it.
+"""Memory that this process has and may still take, and time it waited, as Linux tells it.
 
 Where the system tells nothing (another one than Linux) nothing is limited.
 """
@@ -30,6 +30,12 @@ def resident_bytes() -> int:
     fields = " ".join(_lines(Path("/proc/self/statm"))).split()
     page_bytes = int(os.sysconf("SC_PAGE_SIZE"))
     return int(fields[1]) * page_bytes if fields else 0
+
+
+def waited_s() -> float:
+    """Seconds that this thread was ready to run and had no processor; 0 where nobody tells."""
+    fields = " ".join(_lines(Path("/proc/thread-self/schedstat"))).split()
+    return int(fields[1]) / 1e9 if len(fields) > 1 else 0.0
 
 
 def _left_in_groups(root: Path, groups: list[str]) -> list[int]:

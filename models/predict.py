@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.volume import Grid, Volume
-from models import preflight, reference
+from models import pace, reference
 from models.blend import (
     Counter,
     Network,
@@ -138,7 +138,7 @@ def segment(
         num_blocks=num_blocks,
     )
     if plan is not None:
-        preflight.learn(session, counter.total * math.prod(windows.size), clock.spent("infer"))
+        pace.learn(session, counter.total * math.prod(windows.size), clock.spent("infer"))
     return finish(
         session.manifest, volume, labels, num_windows=counter.total, clock=clock, plan=plan
     )
@@ -245,6 +245,7 @@ def embed(
     volume: Volume,
     *,
     overlap: float = 0.0,
+    plan: Preflight | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Embedding:
@@ -258,6 +259,7 @@ def embed(
         session: An open encoder.
         volume: The scan.
         overlap: Of the windows.
+        plan: Overlap and batch instead, from `models.preflight.plan_embedding`.
         progress: Told after every batch.
         should_stop: Asked before every batch.
 
@@ -269,6 +271,9 @@ def embed(
     _require_kind(session.manifest, "encoder")
     spec, patch = volume_input(session.manifest)
     clock = Clock()
+    at_once = batch_size(patch)
+    if plan is not None:
+        overlap, at_once = plan.windows.overlap, plan.windows.batch
     with clock.stage("preprocess"):
         prepared = prepare(volume, spec)
         padded = pad(prepared.array, patch, prepared.background)
@@ -280,7 +285,7 @@ def embed(
     counter = Counter(progress, should_stop, len(weighted))
     total: NDArray[np.float64] = np.zeros(1)
     with clock.stage("infer"):
-        for chunk in chunks(weighted, batch_size(patch)):
+        for chunk in chunks(weighted, at_once):
             counter.before_batch()
             batch = np.stack([window(padded, start, patch)[None] for start, _ in chunk])
             is_last = counter.done + len(chunk) == counter.total
@@ -288,6 +293,7 @@ def embed(
             weights = np.array([weight for _, weight in chunk])
             total = total + weights @ embeddings.astype(np.float64)  # (E,)
             counter.after_batch(len(chunk))
+    pace.learn(session, counter.total * math.prod(patch), clock.spent("infer"))
     length = float(np.linalg.norm(total))
     if length == 0.0:
         raise BundleError("degenerate_embedding", "the encoder gives a zero vector for this volume")

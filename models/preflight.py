@@ -2,11 +2,13 @@
 
 The parts are added up: the mapped scan, the mask, the rolling input and sums (`models.blend`), one
 batch with its logits, what resampling holds, and the network's working memory. Only the last is
-not known from shapes: the network is run once on a small window, and what it took is scaled by the
-voxels, as activations are. Seconds are scaled from the same run until a real one has been timed.
+not known from shapes (`models.pace`): it is scaled by the voxels, as activations are.
 
 Where a segmentation would not fit, it takes fewer windows at a time, then windows no larger than in
 training, then columns in blocks; where not even that fits, it is refused before it has begun.
+Mirror images cost time, and a few copies of a batch's logits. A cascade has a plan for each pass;
+the fine one's is that of the whole scan, which it looks at where no organ is found. An embedding
+holds the whole prepared scan and one batch, of which it takes fewer windows at a time.
 
 C classes, I J K voxels; a prime (I' J' K') is the network's grid.
 """
@@ -14,23 +16,20 @@ C classes, I J K voxels; a prime (I' J' K') is the network's grid.
 from __future__ import annotations
 
 import math
-import threading
-import time
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from imaging import resample
 from imaging.resample import resampled_grid
-from imaging.volume import Grid, Shape, Volume
+from imaging.volume import Grid, Volume
 from models import blend
-from models.blend import blocks, own_windows
-from models.bundle import BundleError, volume_input
-from models.memory import resident_bytes
+from models.blend import blocks, windows_of
+from models.bundle import BundleError, Manifest, coarse_manifest, volume_input
+from models.pace import Pace, pace_of
 from models.rolling import PLANES_AT_ONCE, Layout
 from models.session import CPU, OnnxSession
-from models.tiling import Windows
+from models.tiling import Windows, window_starts
 
 SLAB_BYTES = 512 << 20
 """Most that the sums of a slab take; beyond, columns are taken in blocks. So many classes do not
@@ -38,8 +37,6 @@ take more memory than few."""
 MAX_BLOCKS = 64
 SPARE_BYTES = 24 << 20
 """For the allocators' own needs."""
-PROBE_SIDE = 48
-"""Voxels along an axis of the window on which the network is tried."""
 CLEAN_UP_BYTES = 8
 """A voxel of the mask: copies of it, and components of four bytes."""
 SCALAR_S = 2e-9
@@ -60,6 +57,9 @@ class Preflight:
     predicted_s: float
     degraded: tuple[str, ...] = ()
     """What was given up so that it fits: `smaller_batch`, `smaller_windows`, `column_blocks`."""
+    coarse: Preflight | None = None
+    """Of a cascade's first pass. Time and windows of the whole are then those of a scan in which no
+    organ is found; the memory is that of the pass that takes more."""
 
     @property
     def fits(self) -> bool:
@@ -71,15 +71,8 @@ class Preflight:
         parts = [f"needs {_shown(self.predicted_bytes)}"]
         if self.available_bytes is not None:
             parts.append(f"{_shown(self.available_bytes)} available")
-        return ", ".join([*parts, f"about {max(self.predicted_s, 1):.0f} s"])
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """What a network takes for a voxel of a window."""
-
-    working_bytes: float
-    seconds: float
+        about = "about" if self.coarse is None else "at most about"
+        return ", ".join([*parts, f"{about} {max(self.predicted_s, 1):.0f} s"])
 
 
 def plan(
@@ -88,6 +81,8 @@ def plan(
     *,
     available_bytes: int | None = None,
     windows: Windows | None = None,
+    num_views: int = 1,
+    coarse: OnnxSession | None = None,
 ) -> Preflight:
     """Choose batch and blocks so that a segmentation fits, and tell what it will take.
 
@@ -96,16 +91,88 @@ def plan(
         volume: The scan; its voxels are not looked at.
         available_bytes: What it may take; see `models.memory.available_bytes`. None is no limit.
         windows: Their size and overlap; the model's own if None.
+        num_views: Mirror images of every window (`models.flips`), itself among them.
+        coarse: The open coarse network, of a cascade of two.
 
     Raises:
         BundleError: `insufficient_memory`, or what `OnnxSession.run` raises.
     """
+    manifest = session.manifest
+    job = _Job.of(session, manifest, volume, available_bytes, num_views)
+    fine = _fitted(job, manifest, windows)
+    if manifest.cascade is None:
+        return fine
+    manifest = coarse_manifest(manifest)
+    job = _Job.of(coarse or session, manifest, volume, available_bytes)
+    # The coarse mask stays on the coarse grid, where its components are found.
+    job = replace(job, target=job.source, cleans_up=True)
+    first = _fitted(job, manifest, None)
+    return replace(
+        fine,
+        num_windows=first.num_windows + fine.num_windows,
+        predicted_bytes=max(first.predicted_bytes, fine.predicted_bytes),
+        predicted_s=round(first.predicted_s + fine.predicted_s, 1),
+        degraded=tuple(dict.fromkeys(first.degraded + fine.degraded)),
+        coarse=first,
+    )
+
+
+def plan_embedding(
+    session: OnnxSession,
+    volume: Volume,
+    *,
+    available_bytes: int | None = None,
+    overlap: float = 0.0,
+) -> Preflight:
+    """Choose a batch so that `models.predict.embed` fits, and tell what it will take.
+
+    Args:
+        session: An open encoder; tried on a small window the first time.
+        volume: The scan; its voxels are not looked at.
+        available_bytes: As of `plan`.
+        overlap: Of the windows.
+
+    Raises:
+        BundleError: `insufficient_memory`, or what `OnnxSession.run` raises.
+    """
+    spec, patch = volume_input(session.manifest)
     pace = pace_of(session)
-    job = _Job.of(session, volume, pace, available_bytes)
+    shape = resampled_grid(volume.grid, spec.spacing_mm).shape
+    i, j, k = (max(size, side) for size, side in zip(shape, patch, strict=True))
+    padded = (i, j, k)
+    kept = 4 * math.prod(shape) + (4 * math.prod(padded) if padded != shape else 0)
+    in_plane = math.prod(volume.shape[:2]) + math.prod(shape[:2])
+    making = min(2 * resample.SLAB_BYTES, 4 * in_plane * shape[2])
+    mapped = _mapped_bytes(volume)
+    num_windows = len(window_starts(padded, patch, overlap))
+
+    def in_batches_of(size: int) -> Preflight:
+        batch = size * math.prod(patch) * 4
+        if session.provider == CPU:
+            batch += round(pace.working_bytes * size * math.prod(patch))
+        return Preflight(
+            Windows(patch, overlap, size),
+            1,
+            num_windows,
+            mapped + kept + max(making, batch) + SPARE_BYTES,
+            available_bytes,
+            round(num_windows * math.prod(patch) * (pace.seconds + SCALAR_S), 1),
+        )
+
+    found = in_batches_of(min(blend.batch_size(patch), num_windows))
+    if not found.fits and found.windows.batch > 1:
+        found = replace(in_batches_of(1), degraded=("smaller_batch",))
+    if not found.fits:
+        raise BundleError("insufficient_memory", f"the embedding {found}")
+    return found
+
+
+def _fitted(job: _Job, manifest: Manifest, windows: Windows | None) -> Preflight:
+    """The plan of one pass; these windows, or the model's own."""
     smallest = windows
     if windows is None:
-        windows = own_windows(session, job.source.shape)
-        smallest = replace(own_windows(session), batch=1)
+        windows = windows_of(manifest, job.source.shape)
+        smallest = replace(windows_of(manifest), batch=1)
     first = job.with_sums_below(windows, SLAB_BYTES)
     found, degraded = first, []
     if not found.fits and windows.batch > 1:
@@ -131,34 +198,17 @@ def plan(
     return replace(found, degraded=tuple(degraded))
 
 
-def pace_of(session: OnnxSession) -> Pace:
-    """Working memory and time of a network, measured when it is first asked for."""
-    with _lock:
-        known = _paces.get(session)
-        if known is None:
-            known = _paces[session] = _measured(session)
-        return known
-
-
-def learn(session: OnnxSession, num_voxels: int, seconds: float) -> None:
-    """Take in how long windows of so many voxels really took."""
-    with _lock:
-        known = _paces.get(session)
-        if known is not None and num_voxels > 0:
-            _paces[session] = replace(known, seconds=seconds / num_voxels)
-
-
-_paces: WeakKeyDictionary[OnnxSession, Pace] = WeakKeyDictionary()
-_lock = threading.Lock()
-
-
 @dataclass(frozen=True, slots=True)
 class _Job:
     """What of a segmentation does not depend on how it is done."""
 
     volume: Volume
     source: Grid
+    """The network's."""
+    target: Grid
+    """Of the mask."""
     num_classes: int
+    num_views: int
     pace: Pace
     on_host: bool
     cleans_up: bool
@@ -166,15 +216,22 @@ class _Job:
 
     @classmethod
     def of(
-        cls, session: OnnxSession, volume: Volume, pace: Pace, available_bytes: int | None
+        cls,
+        session: OnnxSession,
+        manifest: Manifest,
+        volume: Volume,
+        available_bytes: int | None,
+        num_views: int = 1,
     ) -> _Job:
-        spec, _ = volume_input(session.manifest)
-        asked = session.manifest.postprocess
+        spec, _ = volume_input(manifest)
+        asked = manifest.postprocess
         return cls(
             volume,
             resampled_grid(volume.grid, spec.spacing_mm),
-            1 + len(session.manifest.labels),
-            pace,
+            volume.grid,
+            1 + len(manifest.labels),
+            num_views,
+            pace_of(session),
             session.provider == CPU,
             asked.changes_masks or bool(asked.lesions),
             available_bytes,
@@ -187,14 +244,12 @@ class _Job:
 
     def preflight(self, windows: Windows, num_blocks: int) -> Preflight:
         """What it takes in this way."""
-        parts = blocks(self.source, self.volume.grid, num_blocks)
+        parts = blocks(self.source, self.target, num_blocks)
         layouts = [Layout.of(self.source.shape, windows, part.source) for part in parts]
-        num_windows = sum(layout.num_windows for layout in layouts)
+        num_windows = self.num_views * sum(layout.num_windows for layout in layouts)
         inference = max(self._inference_bytes(windows, layout) for layout in layouts)
-        num_voxels = math.prod(self.volume.shape)
-        kept = num_voxels  # the mask
-        if isinstance(self.volume.voxels, np.memmap):
-            kept += num_voxels * self.volume.voxels.itemsize
+        num_voxels = math.prod(self.target.shape)
+        kept = num_voxels + _mapped_bytes(self.volume)  # the mask, and the scan
         clean_up = CLEAN_UP_BYTES * num_voxels if self.cleans_up else 0
         window_voxels = num_windows * math.prod(windows.size)
         seconds = window_voxels * (self.pace.seconds + SCALAR_S * (self.num_classes + 1))
@@ -220,6 +275,8 @@ class _Job:
         sums = 4 * (self.num_classes + 1) * plane * thickness
         batch = 4 * window * (windows.batch * (1 + self.num_classes) + self.num_classes + 1)
         batch += window * windows.batch * self.num_classes  # of booleans: is it finite
+        if self.num_views > 1:  # the image flipped, and three more of the logits (`Flipping.run`)
+            batch += 4 * window * windows.batch * (1 + 3 * self.num_classes)
         if self.on_host:
             batch += round(self.pace.working_bytes * windows.batch * window)
         return rolling + sums + batch + self._resampling_bytes(plane, thickness)
@@ -227,42 +284,19 @@ class _Job:
     def _resampling_bytes(self, plane: int, thickness: int) -> int:
         """Of logits a piece with its neighbours; of the finer grid a few slabs of one class."""
         of_plane = 4 * self.num_classes * plane
-        coarser = self.volume.spacing_mm[2] / _spacing_k(self.source)
+        coarser = _spacing_k(self.target) / _spacing_k(self.source)
         reach = 2 + 2 * math.ceil(max(coarser, 1.0))
         piece = min(max(blend.PIECE_BYTES, of_plane), of_plane * thickness) + 2 * reach * of_plane
-        widening = max(1.0, self.source.shape[0] / self.volume.shape[0])
-        in_plane = 4 * self.volume.shape[0] * self.volume.shape[1]
-        slab = min(max(resample.SLAB_BYTES, in_plane), in_plane * self.volume.shape[2])
+        widening = max(1.0, self.source.shape[0] / self.target.shape[0])
+        in_plane = 4 * self.target.shape[0] * self.target.shape[1]
+        slab = min(max(resample.SLAB_BYTES, in_plane), in_plane * self.target.shape[2])
         return piece + round((3 + widening) * slab)
 
 
-def _measured(session: OnnxSession) -> Pace:
-    """Run the network on a small window: to warm up, for its memory, and for its time."""
-    _, patch = volume_input(session.manifest)
-    size = _probe_size(patch, session.manifest.inputs[0].shape[2:])
-    batch = np.zeros((1, 1, *size), dtype=np.float32)
-    session.run(batch, release_memory=True)
-    before = resident_bytes()
-    session.run(batch)
-    grown = max(resident_bytes() - before, 0)
-    seconds = []
-    for is_last in (False, True):
-        began = time.perf_counter()
-        session.run(batch, release_memory=is_last)
-        seconds.append(time.perf_counter() - began)
-    voxels = math.prod(size)
-    return Pace(working_bytes=grown / voxels, seconds=min(seconds) / voxels)
-
-
-def _probe_size(patch: Shape, declared: tuple[int | str, ...]) -> Shape:
-    """The patch, halved where it is long and the network takes it so."""
-    sides = []
-    for side, extent in zip(patch, declared, strict=True):
-        small = side
-        while isinstance(extent, str) and small > PROBE_SIDE and small % 16 == 0:
-            small //= 2
-        sides.append(small)
-    return sides[0], sides[1], sides[2]
+def _mapped_bytes(volume: Volume) -> int:
+    """Of a scan that lies in a file: its pages come into memory as they are read."""
+    voxels = volume.voxels
+    return voxels.size * voxels.itemsize if isinstance(voxels, np.memmap) else 0
 
 
 def _spacing_k(grid: Grid) -> float:

@@ -52,7 +52,9 @@ def segment(
     left = memory.available_bytes(settings.inference_memory_bytes)
     if left is not None and wants_map:
         left = max(left - MAP_BYTES * scan.voxels.size, 0)
-    plan = preflight.plan(held.session, scan, available_bytes=left)
+    plan = preflight.plan(
+        held.session, scan, available_bytes=left, num_views=2 ** len(flips), coarse=coarse
+    )
     if on_plan is not None:
         on_plan(plan)
     case = cascade.segment_case(

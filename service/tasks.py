@@ -24,8 +24,9 @@ from celery.signals import worker_process_init
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
 from imaging.volume import Grid, on_source_grid
-from models import predict
+from models import memory, predict, preflight
 from models.cascade import Case
+from models.preflight import Preflight
 from models.session import OnnxSession
 from service import (
     checking,
@@ -161,12 +162,7 @@ def _segment(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held:
         "num_windows": found.num_windows,
         "flips": list(flips),
         **_looks(model, case, entropies),
-        "preflight": {
-            "predicted_bytes": plan.predicted_bytes,
-            "available_bytes": plan.available_bytes,
-            "predicted_s": plan.predicted_s,
-            "degraded": list(plan.degraded),
-        },
+        "preflight": _planned(plan),
         **published.result,
         "timings_s": {
             "model": held.opened_s,
@@ -185,8 +181,10 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
     began = time.monotonic() - held.opened_s
     model = held.session
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
+    left = memory.available_bytes(worker.settings.inference_memory_bytes)
+    plan = preflight.plan_embedding(model, scan, available_bytes=left)
     found = predict.embed(
-        model, scan, progress=_progress(worker, lease), should_stop=keeper.should_stop
+        model, scan, plan=plan, progress=_progress(worker, lease), should_stop=keeper.should_stop
     )
     result = {
         **_provenance(lease, held),
@@ -194,6 +192,7 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
         "dimension": len(found.vector),
         "num_windows": found.num_windows,
         "ood": asdict(found.ood),
+        "preflight": _planned(plan),
         "timings_s": {
             "model": held.opened_s,
             **found.timings_s,
@@ -211,6 +210,16 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
         runs.finish(
             session, lease, RunState.SUCCEEDED, result=result, outcome="done", embedding=stored
         )
+
+
+def _planned(plan: Preflight) -> dict[str, Any]:
+    """What it was expected to take, as the result has it."""
+    return {
+        "predicted_bytes": plan.predicted_bytes,
+        "available_bytes": plan.available_bytes,
+        "predicted_s": plan.predicted_s,
+        "degraded": list(plan.degraded),
+    }
 
 
 def _looks(model: OnnxSession, case: Case, entropies: StoredMap | None) -> dict[str, Any]:

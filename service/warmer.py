@@ -9,7 +9,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from models import preflight
+from models import pace
 from models.bundle import BundleError
 from service import resident, warming
 from service.db import WarmModel
@@ -83,11 +83,12 @@ class Warmer:
         try:
             held = resident.hold(self._settings, self._store, digest)
             warmed_s = held.session.warm_up()
-            if held.session.manifest.kind == "segmenter":
-                preflight.pace_of(held.session)  # else the first request would wait for it
             coarse = resident.coarse_of(self._settings, self._store, held)
             if coarse is not None:
                 warmed_s += coarse.warm_up()
+            for session in (held.session, coarse):
+                if session is not None and len(session.manifest.patch_size) == 3:
+                    pace.pace_of(session)  # else the first request would wait for it
         except BundleError as error:
             logger.warning("model %s cannot be warmed: %s", digest[:12], error)
             return error.code

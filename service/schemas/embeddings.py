@@ -21,7 +21,7 @@ from service.schemas.base import (
 from service.schemas.certainty import (
     OutOfDistribution,
 )
-from service.schemas.inference import INFERENCE, OOD, Inference, Ran
+from service.schemas.inference import INFERENCE, OOD, Inference, Preflight, Ran
 from service.schemas.runs import ModelPointer
 
 
@@ -31,6 +31,7 @@ class EmbeddingResult(Ran):
     vector: tuple[float, ...]
     num_windows: int
     ood: OutOfDistribution | None = Field(None, description="Null in results of before there was.")
+    preflight: Preflight | None = Field(None, description="Null in results of before there was.")
     timings_s: dict[str, float]
 
 

@@ -72,11 +72,13 @@ OOD: JsonDict = {
 
 
 class Preflight(Answer):
-    """What the segmentation was expected to take, before it began."""
+    """What the work was expected to take, before it began."""
 
     predicted_bytes: int = Field(description="Memory beside the loaded model; an upper bound.")
     available_bytes: int | None = Field(description="Null where nothing told.")
-    predicted_s: float
+    predicted_s: float = Field(
+        description="Of a cascade: where no organ is found and the whole scan is looked at."
+    )
     degraded: tuple[Literal["smaller_batch", "smaller_windows", "column_blocks"], ...] = Field(
         (), description="What was given up so that it fits."
     )

@@ -12,9 +12,10 @@ import pytest
 
 from imaging import nifti
 from imaging.volume import Volume
-from models import memory, preflight, windows
+from models import compose, memory, pace, preflight, windows
 from models.bundle import BundleError, TensorSpec
-from models.predict import segment
+from models.cascade import segment_case
+from models.predict import embed, segment
 from models.recipe import Preprocessing
 from models.session import open_session
 from models.tiling import Windows
@@ -192,7 +193,7 @@ def test_a_result_carries_its_plan_and_the_pace_is_learned(wide):
     assert result.preflight == plan
     assert result.num_windows == plan.num_windows == 8
     again = preflight.plan(session, volume, windows=plan.windows)
-    learned = preflight.pace_of(session).seconds * 8 * 64**3
+    learned = pace.pace_of(session).seconds * 8 * 64**3
     assert learned == pytest.approx(result.timings_s["infer"], abs=0.01)
     assert again.predicted_s >= round(learned, 1)
 
@@ -223,3 +224,106 @@ def test_a_plan_says_in_words_what_it_needs():
     assert str(plan) == "needs 6.1 GB, 8.0 GB available, about 40 s"
     assert str(dataclasses.replace(plan, available_bytes=None)) == "needs 6.1 GB, about 40 s"
     assert plan.fits and not dataclasses.replace(plan, available_bytes=10**9).fits
+
+
+CHILD_OF_BOTH = """
+import json, sys
+from pathlib import Path
+from imaging import nifti
+from models import cascade, predict, preflight
+from models.session import open_session
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+def peak_of(plan, work):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS:")
+    work()
+    return {"predicted": plan.predicted_bytes, "peak": status("VmHWM:") - before}
+
+scan = nifti.open_canonical(Path(sys.argv[3]))
+encoder = open_session(Path(sys.argv[1]), num_threads=1)
+plan = preflight.plan_embedding(encoder, scan)
+embedded = peak_of(plan, lambda: predict.embed(encoder, scan, plan=plan))
+scan = nifti.open_canonical(Path(sys.argv[3]))
+segmenter = open_session(Path(sys.argv[2]), num_threads=1)
+flipped = preflight.plan(segmenter, scan, num_views=2)
+work = lambda: cascade.segment_case(segmenter, scan, flips=("i",), plan=flipped)
+print(json.dumps({"embed": embedded, "flips": peak_of(flipped, work)}))
+"""
+
+
+def test_an_embedding_and_mirror_images_take_no_more_than_predicted(
+    tmp_path, make_bundle, random_encoder, wide
+):
+    encoder = make_bundle(random_encoder, patch_size=(64, 64, 64))
+    scan = scan_file(tmp_path, (224, 224, 120))
+
+    ran = subprocess.run(
+        [sys.executable, "-c", CHILD_OF_BOTH, str(encoder), str(wide), str(scan)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+    for found in json.loads(ran.stdout).values():
+        assert found["peak"] > 20 << 20
+        assert found["peak"] <= found["predicted"] <= 2.5 * found["peak"]
+
+
+def test_mirror_images_are_told_with_their_time_and_memory(wide):
+    session = open_session(wide, num_threads=1)
+    volume = in_memory((200, 200, 100))
+
+    once = preflight.plan(session, volume)
+    eight = preflight.plan(session, volume, num_views=8)
+
+    assert eight.num_windows == 8 * once.num_windows
+    assert eight.predicted_s > 4 * once.predicted_s
+    assert eight.predicted_bytes > once.predicted_bytes
+
+
+def test_a_cascade_is_told_with_its_coarse_pass_which_may_degrade(make_bundle, thresholds):
+    organ = make_bundle(thresholds())
+    folder = organ.with_name("cascade")
+    compose.compose(folder, organ, organ, organ="organ", margin_mm=4.0)
+    session = open_session(folder, num_threads=1)
+    finder = open_session(folder, num_threads=1, part="coarse")
+    volume = in_memory((64, 64, 40))
+    single = preflight.plan(open_session(organ, num_threads=1), volume)
+
+    whole = preflight.plan(session, volume, coarse=finder)
+
+    assert whole.coarse is not None and single.coarse is None
+    assert whole.num_windows == 2 * single.num_windows
+    assert whole.predicted_bytes == max(whole.coarse.predicted_bytes, single.predicted_bytes)
+    assert "at most about" in str(whole) and "at most" not in str(single)
+    tight = preflight.plan(
+        session, volume, coarse=finder, available_bytes=whole.coarse.predicted_bytes - 1
+    )
+    assert tight.coarse.windows.batch == 1 and "smaller_batch" in tight.degraded
+    case = segment_case(session, volume, coarse=finder, plan=tight)
+    assert case.segmentation.num_windows == tight.num_windows  # no organ: the whole scan
+    with pytest.raises(BundleError, match="insufficient_memory"):
+        preflight.plan(session, volume, coarse=finder, available_bytes=1 << 20)
+
+
+def test_an_embedding_degrades_or_is_refused_with_the_sentence(make_bundle, random_encoder):
+    session = open_session(make_bundle(random_encoder), num_threads=1)
+    volume = in_memory((40, 40, 24))
+    free = preflight.plan_embedding(session, volume)
+    tight = preflight.plan_embedding(session, volume, available_bytes=free.predicted_bytes - 1)
+
+    assert free.windows.batch > 1 and free.degraded == ()
+    assert tight.windows.batch == 1 and tight.degraded == ("smaller_batch",)
+    assert embed(session, volume, plan=tight).num_windows == tight.num_windows
+    np.testing.assert_allclose(
+        embed(session, volume, plan=tight).vector, embed(session, volume).vector, atol=1e-6
+    )
+    with pytest.raises(BundleError) as caught:
+        preflight.plan_embedding(session, volume, available_bytes=1 << 20)
+    assert caught.value.code == "insufficient_memory"
+    assert caught.value.detail.startswith("the embedding needs 0.0 GB")
