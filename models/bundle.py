@@ -42,6 +42,10 @@ REFERENCE = "reference.npy"
 CARD = "card.md"
 FEATURES = "features"
 """Output of a segmenter beside its logits: its bottleneck pooled over the window, (B, E)."""
+FEATURE_MAP = "feature_map"
+"""Output of an encoder beside its embedding: what that is the mean of, (B, E, i, j, k)."""
+FEATURE_STRIDE = 8
+"""Voxels along an axis of a cell of the feature map."""
 
 
 class BundleError(Exception):
@@ -360,6 +364,14 @@ def features_of(manifest: Manifest) -> TensorSpec | None:
     if manifest.kind != "segmenter":
         return None
     found = [one for one in manifest.outputs[1:] if one.name == FEATURES and len(one.shape) == 2]
+    return found[0] if found else None
+
+
+def feature_map_of(manifest: Manifest) -> TensorSpec | None:
+    """The output with an encoder's feature map; None where it has none, or is another model."""
+    if manifest.kind != "encoder":
+        return None
+    found = [one for one in manifest.outputs[1:] if one.name == FEATURE_MAP and len(one.shape) == 5]
     return found[0] if found else None
 
 

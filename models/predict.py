@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imaging.volume import Grid, Volume
+from imaging.volume import Grid, Shape, Volume
 from models import pace, reference
 from models.blend import (
     Counter,
@@ -48,6 +49,21 @@ __all__ = ["Embedding", "Progress", "Segmentation", "Stopped", "embed", "segment
 Float32Array = NDArray[np.float32]
 Watch = Callable[[Float32Array, int, int], None]
 """Called with logits (C, I', columns, planes), their first column along J' and plane along K'."""
+
+
+class WindowWatch(Protocol):
+    """Shown the feature maps of an embedding's windows (`models.regions`)."""
+
+    def begin(self, grid: Grid, patch: Shape) -> None:
+        """The network's grid, and the windows' extent."""
+
+    def wants(self, start: Shape, patch: Shape) -> bool:
+        """Whether a window without body is to be run too; it counts nothing in the embedding."""
+
+    def add(self, starts: list[Shape], patch: Shape, features: Float32Array) -> None:
+        """First voxels of windows, and their feature maps (B, E, i, j, k)."""
+
+
 FOREGROUND_ABOVE = 0.05
 """A voxel this far above air (in network input) counts as body; noise in air stays below it."""
 
@@ -248,6 +264,7 @@ def embed(
     plan: Preflight | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    watch: WindowWatch | None = None,
 ) -> Embedding:
     """One unit vector for a volume.
 
@@ -262,6 +279,7 @@ def embed(
         plan: Overlap and batch instead, from `models.preflight.plan_embedding`.
         progress: Told after every batch.
         should_stop: Asked before every batch.
+        watch: Shown the feature map of every window that is run.
 
     Raises:
         BundleError: `wrong_model_kind`, `degenerate_embedding` (a zero vector), or what
@@ -280,8 +298,16 @@ def embed(
         starts = window_starts(shape_of(padded), patch, overlap)
         threshold = prepared.background + FOREGROUND_ABOVE
         shares = [float(np.mean(window(padded, start, patch) > threshold)) for start in starts]
-        weighted = [(s, w) for s, w in zip(starts, shares, strict=True) if w > 0]
-        weighted = weighted or [(start, 1.0) for start in starts]
+        if not any(shares):
+            shares = [1.0] * len(starts)
+        num_bodies = sum(share > 0 for share in shares)
+        if watch is not None:
+            watch.begin(prepared.grid, patch)
+        weighted = [
+            (start, share)
+            for start, share in zip(starts, shares, strict=True)
+            if share > 0 or (watch is not None and watch.wants(start, patch))
+        ]
     counter = Counter(progress, should_stop, len(weighted))
     total: NDArray[np.float64] = np.zeros(1)
     with clock.stage("infer"):
@@ -289,7 +315,11 @@ def embed(
             counter.before_batch()
             batch = np.stack([window(padded, start, patch)[None] for start, _ in chunk])
             is_last = counter.done + len(chunk) == counter.total
-            embeddings = session.run(batch, release_memory=is_last)  # (B, E)
+            if watch is None:
+                embeddings = session.run(batch, release_memory=is_last)  # (B, E)
+            else:
+                embeddings, maps = session.run_with_map(batch, release_memory=is_last)
+                watch.add([start for start, _ in chunk], patch, maps)
             weights = np.array([weight for _, weight in chunk])
             total = total + weights @ embeddings.astype(np.float64)  # (E,)
             counter.after_batch(len(chunk))
@@ -299,7 +329,7 @@ def embed(
         raise BundleError("degenerate_embedding", "the encoder gives a zero vector for this volume")
     vector = (total / length).astype(np.float32)
     distance = reference.judged(vector, session.manifest, session.reference)
-    return Embedding(vector, len(weighted), clock.timings_s(), distance)
+    return Embedding(vector, num_bodies, clock.timings_s(), distance)
 
 
 class Clock:

@@ -123,6 +123,7 @@ def plan_embedding(
     *,
     available_bytes: int | None = None,
     overlap: float = 0.0,
+    num_regions: int = 0,
 ) -> Preflight:
     """Choose a batch so that `models.predict.embed` fits, and tell what it will take.
 
@@ -131,6 +132,8 @@ def plan_embedding(
         volume: The scan; its voxels are not looked at.
         available_bytes: As of `plan`.
         overlap: Of the windows.
+        num_regions: Of `models.regions.embed_regions`, whose shares of the network's voxels and
+            whose labels are held too.
 
     Raises:
         BundleError: `insufficient_memory`, or what `OnnxSession.run` raises.
@@ -141,6 +144,8 @@ def plan_embedding(
     i, j, k = (max(size, side) for size, side in zip(shape, patch, strict=True))
     padded = (i, j, k)
     kept = 4 * math.prod(shape) + (4 * math.prod(padded) if padded != shape else 0)
+    if num_regions:
+        kept += num_regions * 4 * math.prod(padded) + 2 * math.prod(volume.shape)
     in_plane = math.prod(volume.shape[:2]) + math.prod(shape[:2])
     making = min(2 * resample.SLAB_BYTES, 4 * in_plane * shape[2])
     mapped = _mapped_bytes(volume)

@@ -221,16 +221,34 @@ def segment(
 def embed(
     volume_id: Annotated[str, typer.Argument(help="The uploaded volume.")],
     model: Annotated[str, typer.Option(help="models:/name@alias, name/version or name.")],
+    segmentation: Annotated[
+        str | None, typer.Option(help="Also embed this segmentation's labels.")
+    ] = None,
+    segmenter: Annotated[
+        str | None, typer.Option(help="Also embed the labels that this model finds.")
+    ] = None,
     url: Url = DEFAULT_URL,
     token: Secret = "",
 ) -> None:
-    """Embed a volume; prints the vector as JSON, and whether the model knows such scans."""
+    """Embed a volume; prints the vector as JSON, and whether the model knows such scans.
+
+    With regions, an object: `vector`, and `regions` with a vector or a reason each.
+    """
     with talk(url, token) as client:
         with run_progress("embed") as show:
-            made = client.embed(volume_id, model, on_event=show)
+            made = client.embed(
+                volume_id,
+                model,
+                segmentation_id=segmentation,
+                segmenter=segmenter,
+                on_event=show,
+            )
         if made.result is None:
             fail(made.error.code if made.error else made.state)
-        console.print(json.dumps(list(made.result.vector)), soft_wrap=True, highlight=False)
+        shown: object = list(made.result.vector)
+        if made.result.regions:
+            shown = made.result.model_dump(include={"vector", "regions"}, mode="json")
+        console.print(json.dumps(shown), soft_wrap=True, highlight=False)
         if made.result.ood is not None and made.result.ood.is_out:
             errors.print("out of distribution: the model was not trained on scans like this one")
 
@@ -238,6 +256,7 @@ def embed(
 def similar(
     volume_id: Annotated[str, typer.Argument(help="The volume, embedded with the model.")],
     model: Annotated[str, typer.Option(help="models:/name@alias, name/version or name.")],
+    region: Annotated[str, typer.Option(help="Compare this label instead of whole scans.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many at most.")] = 10,
     modality: Annotated[str | None, typer.Option(help="Only of this one, such as CT.")] = None,
     same_subject: Annotated[bool, typer.Option(help="Also its own subject's volumes.")] = False,
@@ -252,6 +271,7 @@ def similar(
         found = client.similar(
             volume_id,
             model,
+            region=region,
             limit=limit,
             modality=modality,
             exclude_same_subject=not same_subject,

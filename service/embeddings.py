@@ -1,8 +1,9 @@
 """Stored embeddings, and the scans whose embeddings are most like a given one.
 
-One vector for each volume and bundle (the newest run's). Vectors of different bundles lie in
-different spaces: a search reads those of one bundle digest and no others. It is exact: every
-vector is compared, block by block, so memory does not grow with their number.
+One vector for each volume, region of it and bundle (the newest run's); the region without a name is
+the whole volume. Vectors of different bundles lie in different spaces, and livers are not compared
+with lungs: a search reads those of one bundle digest and one region and no others. It is exact:
+every vector is compared, block by block, so memory does not grow with their number.
 
 Shapes: (N, E) N vectors of E numbers.
 """
@@ -24,6 +25,8 @@ from service.errors import ServiceError
 STORED = np.dtype("<f4")
 BLOCK_BYTES = 4 << 20
 """Of the vectors that are in memory at a time, as stored; compared, they are twice as large."""
+WHOLE = ""
+"""The region that is the whole volume."""
 DECIMALS = 12
 """Of a cosine: float64 sums differ beyond them by the order of adding, and ties must be ties."""
 
@@ -39,6 +42,7 @@ class NewEmbedding:
     bundle_digest: str
     vector: npt.NDArray[np.float32]
     """(E,)"""
+    region: str = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Found:
 
 
 def record(session: Session, run_id: str, volume_id: str, new: NewEmbedding) -> None:
-    """Store a run's vector instead of an older one of its volume and bundle; the caller commits.
+    """Store a run's vector instead of an older one of its space; the caller commits.
 
     Raises:
         ValueError: It is not one vector of finite numbers.
@@ -89,40 +93,45 @@ def record(session: Session, run_id: str, volume_id: str, new: NewEmbedding) -> 
     is_postgresql = session.get_bind().dialect.name == "postgresql"
     insert = postgresql.insert if is_postgresql else sqlite.insert
     statement = insert(Embedding).values(
-        bundle_digest=new.bundle_digest, volume_id=volume_id, **values
+        bundle_digest=new.bundle_digest, region=new.region, volume_id=volume_id, **values
     )
-    session.execute(
-        statement.on_conflict_do_update(index_elements=["bundle_digest", "volume_id"], set_=values)
-    )
+    key = ["bundle_digest", "region", "volume_id"]
+    session.execute(statement.on_conflict_do_update(index_elements=key, set_=values))
 
 
-def of_volume(session: Session, volume_id: str, bundle_digest: str, model: str) -> Vector:
-    """The stored vector of a volume, (E,).
+def of_volume(
+    session: Session, volume_id: str, bundle_digest: str, model: str, region: str = WHOLE
+) -> Vector:
+    """The stored vector of a volume or of its region, (E,).
 
     Raises:
         ServiceError: 409 `not_embedded`.
     """
     data = session.execute(
         select(Embedding.vector).where(
-            Embedding.bundle_digest == bundle_digest, Embedding.volume_id == volume_id
+            Embedding.bundle_digest == bundle_digest,
+            Embedding.region == region,
+            Embedding.volume_id == volume_id,
         )
     ).scalar_one_or_none()
     if data is None:
+        of_region = f"region {region!r} of " if region else ""
+        how = ", and segmentation_id or segmenter" if region else ""
         raise ServiceError(
             409,
             "not_embedded",
-            f"volume {volume_id} has no embedding of {model}; embed it first: "
-            "POST /api/v1/embeddings with this volume_id and model, then search again",
-            extra={"volume_id": volume_id, "model": model},
+            f"{of_region}volume {volume_id} has no embedding of {model}; embed it first: "
+            f"POST /api/v1/embeddings with this volume_id and model{how}, then search again",
+            extra={"volume_id": volume_id, "model": model, "region": region},
         )
     return np.frombuffer(data, STORED).astype(np.float64)
 
 
-def of_run(run: Run) -> Vector:
-    """The vector that an embedding run gave, (E,).
+def of_run(run: Run, region: str = WHOLE) -> Vector:
+    """The vector that an embedding run gave for the volume or for a region of it, (E,).
 
     Raises:
-        ServiceError: 409 `not_ready`.
+        ServiceError: 409 `not_ready`; 409 `not_embedded`, it gave none for this region.
     """
     if run.state != "succeeded" or run.result is None:
         raise ServiceError(
@@ -131,13 +140,30 @@ def of_run(run: Run) -> Vector:
             f"there is a vector once the state is succeeded; it is {run.state}",
             extra={"state": run.state},
         )
-    return np.asarray(run.result["vector"], STORED).astype(np.float64)
+    found = run.result["vector"]
+    if region != WHOLE:
+        vectors = {one["region"]: one["vector"] for one in run.result.get("regions", ())}
+        found = vectors.get(region)
+    if found is None:
+        raise ServiceError(
+            409,
+            "not_embedded",
+            f"embedding {run.id} has no vector of a region {region!r}",
+            extra={"embedding_id": run.id, "region": region},
+        )
+    return np.asarray(found, STORED).astype(np.float64)
 
 
 def search(
-    session: Session, query: Vector, bundle_digest: str, *, limit: int, filters: Filters
+    session: Session,
+    query: Vector,
+    bundle_digest: str,
+    *,
+    limit: int,
+    filters: Filters,
+    region: str = WHOLE,
 ) -> Found:
-    """The stored vectors of a bundle with the largest cosine to a query.
+    """The stored vectors of a bundle and a region with the largest cosine to a query.
 
     A transaction is held for one block at a time: on SQLite it keeps writers out (`db.connect`).
     A vector that is written or removed meanwhile may be seen or not. Commits.
@@ -148,6 +174,7 @@ def search(
         bundle_digest: Of the encoder.
         limit: The most that are given.
         filters: Which volumes are looked at.
+        region: What of them is compared.
 
     Raises:
         ServiceError: 422 `invalid_request` if the bundle's vectors are not of E numbers.
@@ -157,7 +184,7 @@ def search(
     best_ids: list[str] = []
     best: Vector = np.empty(0)
     num_compared = 0
-    for ids, vectors in _blocks(session, bundle_digest, query.size, filters):
+    for ids, vectors in _blocks(session, bundle_digest, region, query.size, filters):
         compared = cosines(vectors, unit)
         kept = _top(compared, limit)
         best = np.concatenate([best, compared[kept]])
@@ -165,7 +192,7 @@ def search(
         order = np.argsort(-best, kind="stable")[:limit]  # a tie keeps the order of the ids
         best, best_ids = best[order], [best_ids[index] for index in order]
         num_compared += len(ids)
-    return Found(described(session, bundle_digest, best_ids, best), num_compared)
+    return Found(described(session, bundle_digest, region, best_ids, best), num_compared)
 
 
 def dims_of(session: Session, bundle_digest: str, query: Vector) -> int | None:
@@ -208,14 +235,18 @@ def cosines(vectors: Vector, unit: Vector) -> Vector:
 
 
 def _blocks(
-    session: Session, bundle_digest: str, dims: int, filters: Filters
+    session: Session, bundle_digest: str, region: str, dims: int, filters: Filters
 ) -> Iterator[tuple[list[str], Vector]]:
     """Volume ids and their vectors (N, E) in order of the ids, each block in its transaction."""
     size = max(1, BLOCK_BYTES // (dims * STORED.itemsize))
     wanted = (
         select(Embedding.volume_id, Embedding.vector)
         .join(Volume, Volume.id == Embedding.volume_id)
-        .where(Embedding.bundle_digest == bundle_digest, Embedding.dims == dims)
+        .where(
+            Embedding.bundle_digest == bundle_digest,
+            Embedding.region == region,
+            Embedding.dims == dims,
+        )
         .order_by(Embedding.volume_id)
         .limit(size)
     )
@@ -245,13 +276,17 @@ def _filtered(wanted: Select[str, bytes], filters: Filters) -> Select[str, bytes
 
 
 def described(
-    session: Session, bundle_digest: str, ids: Sequence[str], cosines: Vector
+    session: Session, bundle_digest: str, region: str, ids: Sequence[str], cosines: Vector
 ) -> tuple[Similar, ...]:
     """What was found, with its volume's facts; without what was removed meanwhile. Commits."""
     rows = session.execute(
         select(Embedding.volume_id, Embedding.run_id, Volume.subject, Volume.modality)
         .join(Volume, Volume.id == Embedding.volume_id)
-        .where(Embedding.bundle_digest == bundle_digest, Embedding.volume_id.in_(ids))
+        .where(
+            Embedding.bundle_digest == bundle_digest,
+            Embedding.region == region,
+            Embedding.volume_id.in_(ids),
+        )
     ).all()
     session.commit()
     facts = {row.volume_id: row for row in rows}

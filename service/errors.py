@@ -95,6 +95,7 @@ _RESOURCES = {
     "no_longer_kept": Kind(410, "The file was removed when its time was over"),
     "not_embedded": Kind(409, "The volume has no embedding of this model"),
     "model_not_loadable": Kind(409, "The model cannot be loaded where it would run"),
+    "no_feature_map": Kind(422, "The encoder was exported without its feature map"),
     "wrong_model_kind": Kind(422, "The model is of the wrong kind"),
     "gate_failed": Kind(409, "The version has not shown what a live one must"),
     "no_version_before": Kind(409, "The alias has no version to go back to"),

@@ -1,7 +1,7 @@
-"""The embeddings of a bundle held in memory, for an exact search that reads almost nothing.
+"""A bundle's embeddings of a region in memory, for an exact search that reads almost nothing.
 
-A search asks the database for the bundle's revision, which triggers raise with every embedding that
-is written, replaced or removed (migration 0004), and reads the changed rows alone. Then float32
+A search asks the database for the space's revision, which triggers raise with every embedding that
+is written, replaced or removed, and reads the changed rows alone. Then float32
 finds the candidates, with a margin above its own error, and float64 decides among them, from the
 rows as they are in the database at that moment: what was removed is never found, by whichever
 process it was removed.
@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from service import embeddings
 from service.db import Embedding, EmbeddingChange, EmbeddingSpace, Volume
-from service.embeddings import STORED, Filters, Found, Vector
+from service.embeddings import STORED, WHOLE, Filters, Found, Vector
 
 READ_AT_ONCE = 500
 """Rows; below the number of parameters that SQLite takes."""
@@ -34,11 +34,12 @@ _Facts = tuple[str, str, str]
 
 
 class Space:
-    """A bundle's vectors in memory, each of unit length; one thread at a time (`lock`)."""
+    """A bundle's vectors of a region, each of unit length; one thread at a time (`lock`)."""
 
-    def __init__(self, digest: str, dims: int) -> None:
+    def __init__(self, digest: str, region: str, dims: int) -> None:
         self.lock = threading.Lock()
         self.digest = digest
+        self.region = region
         self.dims = dims
         self.revision = -1
         self.ids: list[str] = []
@@ -54,7 +55,9 @@ class Space:
     def follow(self, session: Session) -> None:
         """Take in what has changed since the last time. Commits."""
         found = session.scalar(
-            select(EmbeddingSpace.revision).where(EmbeddingSpace.bundle_digest == self.digest)
+            select(EmbeddingSpace.revision).where(
+                EmbeddingSpace.bundle_digest == self.digest, EmbeddingSpace.region == self.region
+            )
         )
         session.commit()
         revision = found or 0
@@ -65,7 +68,9 @@ class Space:
             self._read_all(session)
         else:
             for some in _chunks(changed):
-                rows = session.execute(_rows(self.digest).where(Embedding.volume_id.in_(some)))
+                rows = session.execute(
+                    _rows(self.digest, self.region).where(Embedding.volume_id.in_(some))
+                )
                 present = {row.volume_id: row for row in rows}
                 session.commit()
                 for volume_id in some:
@@ -104,6 +109,7 @@ class Space:
             select(EmbeddingChange.revision, EmbeddingChange.volume_id)
             .where(
                 EmbeddingChange.bundle_digest == self.digest,
+                EmbeddingChange.region == self.region,
                 EmbeddingChange.revision > self.revision,
             )
             .order_by(EmbeddingChange.revision)
@@ -114,12 +120,12 @@ class Space:
         return sorted({row.volume_id for row in rows})
 
     def _read_all(self, session: Session) -> None:
-        count = _count(session, self.digest)
+        count = _count(session, self.digest, self.region)
         self.ids, self._place = [], {}
         self._units = np.zeros((count, self.dims), np.float32)
         self._facts = [np.empty(count, object) for _ in range(3)]
         after = ""
-        wanted = _rows(self.digest).order_by(Embedding.volume_id).limit(READ_AT_ONCE)
+        wanted = _rows(self.digest, self.region).order_by(Embedding.volume_id).limit(READ_AT_ONCE)
         while rows := session.execute(wanted.where(Embedding.volume_id > after)).all():
             session.commit()
             for row in rows:
@@ -166,25 +172,25 @@ class Space:
 
 
 class Spaces:
-    """The bundles searched last, up to a number of bytes."""
+    """The spaces searched last, up to a number of bytes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spaces: OrderedDict[str, Space] = OrderedDict()
+        self._spaces: OrderedDict[tuple[str, str], Space] = OrderedDict()
 
-    def get(self, digest: str, dims: int) -> Space:
-        """A bundle's space, which may be empty yet."""
+    def get(self, digest: str, region: str, dims: int) -> Space:
+        """The space of a bundle and a region, which may be empty yet."""
         with self._lock:
-            space = self._spaces.pop(digest, None)
+            space = self._spaces.pop((digest, region), None)
             if space is None or space.dims != dims:
-                space = Space(digest, dims)
-            self._spaces[digest] = space
+                space = Space(digest, region, dims)
+            self._spaces[digest, region] = space
             return space
 
-    def num_known(self, digest: str) -> int:
-        """How many vectors of a bundle were in memory at its last search."""
+    def num_known(self, digest: str, region: str) -> int:
+        """How many vectors of a space were in memory at its last search."""
         with self._lock:
-            space = self._spaces.get(digest)
+            space = self._spaces.get((digest, region))
             return 0 if space is None else len(space.ids)
 
     def shrink(self, max_bytes: int) -> None:
@@ -206,6 +212,7 @@ def search(
     limit: int,
     filters: Filters,
     max_bytes: int,
+    region: str = WHOLE,
 ) -> Found:
     """What `embeddings.search` gives, from memory where the bundle's vectors fit. Commits.
 
@@ -217,25 +224,29 @@ def search(
         filters: Which volumes are looked at.
         max_bytes: Of all bundles in memory together; one that alone is larger is read block by
             block from the database.
+        region: What of the volumes is compared.
 
     Raises:
         ServiceError: 422 `invalid_request` if the bundle's vectors are not of E numbers.
     """
     dims = embeddings.dims_of(session, bundle_digest, query)
     spaces = _spaces_of(session)
-    count = spaces.num_known(bundle_digest) or _count(session, bundle_digest)
+    count = spaces.num_known(bundle_digest, region) or _count(session, bundle_digest, region)
     if not count or dims is None or count * (dims * STORED.itemsize + ROW_BYTES) > max_bytes:
-        return embeddings.search(session, query, bundle_digest, limit=limit, filters=filters)
+        return embeddings.search(
+            session, query, bundle_digest, limit=limit, filters=filters, region=region
+        )
     unit = embeddings.unit_of(query)
-    space = spaces.get(bundle_digest, dims)
+    space = spaces.get(bundle_digest, region, dims)
     with space.lock:
         space.follow(session)
         ids, num_compared = space.candidates(unit, limit, filters)
     spaces.shrink(max_bytes)
-    ranked = sorted(_exact(session, bundle_digest, ids, unit))[:limit]
+    ranked = sorted(_exact(session, bundle_digest, region, ids, unit))[:limit]
     found = embeddings.described(
         session,
         bundle_digest,
+        region,
         [one for _, one in ranked],
         np.array([-minus for minus, _ in ranked]),
     )
@@ -243,13 +254,14 @@ def search(
 
 
 def _exact(
-    session: Session, digest: str, ids: Sequence[str], unit: Vector
+    session: Session, digest: str, region: str, ids: Sequence[str], unit: Vector
 ) -> Iterator[tuple[float, str]]:
     """Minus the cosine in float64, and the id, of those that are still there with that size."""
     for some in _chunks(ids):
         rows = session.execute(
             select(Embedding.volume_id, Embedding.vector).where(
                 Embedding.bundle_digest == digest,
+                Embedding.region == region,
                 Embedding.volume_id.in_(some),
                 Embedding.dims == unit.size,
             )
@@ -263,9 +275,11 @@ def _exact(
             yield -float(cosine), row.volume_id
 
 
-def _count(session: Session, digest: str) -> int:
-    counted = select(func.count()).select_from(Embedding).where(Embedding.bundle_digest == digest)
-    count = session.scalar(counted)
+def _count(session: Session, digest: str, region: str) -> int:
+    counted = select(func.count()).select_from(Embedding)
+    count = session.scalar(
+        counted.where(Embedding.bundle_digest == digest, Embedding.region == region)
+    )
     session.commit()
     return count or 0
 
@@ -275,7 +289,7 @@ def _chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
         yield ids[start : start + READ_AT_ONCE]
 
 
-def _rows(digest: str) -> Select[str, int, bytes, str, str, str]:
+def _rows(digest: str, region: str) -> Select[str, int, bytes, str, str, str]:
     return (
         select(
             Embedding.volume_id,
@@ -286,7 +300,7 @@ def _rows(digest: str) -> Select[str, int, bytes, str, str, str]:
             Volume.kind,
         )
         .join(Volume, Volume.id == Embedding.volume_id)
-        .where(Embedding.bundle_digest == digest)
+        .where(Embedding.bundle_digest == digest, Embedding.region == region)
     )
 
 

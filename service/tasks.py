@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from imaging.volume import Grid, on_source_grid
 from models import memory, predict, preflight
 from models.cascade import Case
 from models.preflight import Preflight
+from models.regions import RegionEmbedding, embed_regions
 from models.session import OnnxSession
 from service import (
     checking,
     entropy_map,
     faults,
     importing,
+    regions,
     resident,
     results,
     runs,
@@ -42,7 +44,7 @@ from service import (
 )
 from service.db import RunKind, RunState
 from service.db import Volume as VolumeRow
-from service.embeddings import NewEmbedding
+from service.embeddings import WHOLE, NewEmbedding
 from service.entropy_map import StoredMap
 from service.lease import Keeper
 from service.patience import AWAY
@@ -181,11 +183,25 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
     began = time.monotonic() - held.opened_s
     model = held.session
     scan = nifti.open_canonical(worker.store.verify(row.voxels_sha256))
+    asked = lease.spec.get("regions")
     left = memory.available_bytes(worker.settings.inference_memory_bytes)
-    plan = preflight.plan_embedding(model, scan, available_bytes=left)
-    found = predict.embed(
-        model, scan, plan=plan, progress=_progress(worker, lease), should_stop=keeper.should_stop
-    )
+    num_regions = len(asked["values"]) if asked is not None else 0
+    plan = preflight.plan_embedding(model, scan, available_bytes=left, num_regions=num_regions)
+    tell, should_stop = _progress(worker, lease), keeper.should_stop
+    told: tuple[RegionEmbedding, ...] = ()
+    if asked is None:
+        found = predict.embed(model, scan, plan=plan, progress=tell, should_stop=should_stop)
+    else:
+        parts = regions.found(worker, keeper, asked, scan)
+        found, told = embed_regions(
+            model,
+            scan,
+            parts.labels,
+            parts.values,
+            plan=plan,
+            progress=tell,
+            should_stop=should_stop,
+        )
     result = {
         **_provenance(lease, held),
         "vector": [float(value) for value in found.vector],
@@ -193,23 +209,47 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
         "num_windows": found.num_windows,
         "ood": asdict(found.ood),
         "preflight": _planned(plan),
+        **_regions(asked, told),
         "timings_s": {
             "model": held.opened_s,
             **found.timings_s,
             "total": time.monotonic() - began,
         },
     }
-    asked = lease.spec["model"]
-    stored = NewEmbedding(
-        model_name=str(asked["name"]),
-        model_version=int(asked["version"]),
-        bundle_digest=model.digest,
-        vector=found.vector,
-    )
+    pointer = lease.spec["model"]
+    vectors = [(WHOLE, found.vector)]
+    vectors += [(one.region, one.vector) for one in told if one.vector is not None]
+    stored = [
+        NewEmbedding(
+            model_name=str(pointer["name"]),
+            model_version=int(pointer["version"]),
+            bundle_digest=model.digest,
+            vector=vector,
+            region=region,
+        )
+        for region, vector in vectors
+    ]
     with worker.sessions() as session:
         runs.finish(
-            session, lease, RunState.SUCCEEDED, result=result, outcome="done", embedding=stored
+            session, lease, RunState.SUCCEEDED, result=result, outcome="done", vectors=stored
         )
+
+
+def _regions(asked: dict[str, Any] | None, told: Sequence[RegionEmbedding]) -> dict[str, Any]:
+    """What a result says of regions; nothing where none were asked for."""
+    if asked is None:
+        return {}
+    return {
+        "regions": [
+            {
+                **asdict(one),
+                "vector": None if one.vector is None else [float(value) for value in one.vector],
+            }
+            for one in told
+        ],
+        "segmentation_id": asked.get("segmentation_id"),
+        "segmenter": asked.get("model"),
+    }
 
 
 def _planned(plan: Preflight) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from models.bundle import BundleError, Manifest, features_of
+from models.bundle import BundleError, Manifest, feature_map_of, features_of
 from models.session.binding import Bound
 from models.session.coalesce import Coalescer, Outputs
 from models.session.memory import allocation_failure, resident_memory_bytes
@@ -69,18 +70,22 @@ class Network:
                 input_name=self._input_name,
                 output_names=self._output_names,
             )
-        self.run_together = Coalescer(self._run)
+        self.run_together = Coalescer(partial(self._run, self._output_names))
+        mapped = feature_map_of(manifest)
+        names = [*self._output_names, *([mapped.name] if mapped is not None else [])]
+        self.run_with_map_together = Coalescer(partial(self._run, names))
+        """The same with the encoder's feature map, which is copied out only where it is wanted."""
         self.grown_bytes = 0
         """By how much the process grew from before the opening until after the first run."""
 
-    def _run(self, batch: Float32Array, release_memory: bool) -> Outputs:
+    def _run(self, names: list[str], batch: Float32Array, release_memory: bool) -> Outputs:
         options = onnxruntime.RunOptions()
         if release_memory:
             arena = f"gpu:{self._device.number}" if self._device.is_gpu else "cpu:0"
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         with _time_limit(options, self._run_limit_s) as over:
             try:
-                outputs = self._outputs(np.ascontiguousarray(batch), options)
+                outputs = self._outputs(names, np.ascontiguousarray(batch), options)
             except FAILURES as error:
                 if self._bound is not None:
                     self._bound.forget()
@@ -91,10 +96,10 @@ class Network:
             self.grown_bytes = max(resident_memory_bytes() - self._before_bytes, 1)
         return tuple(np.asarray(output, dtype=np.float32) for output in outputs)
 
-    def _outputs(self, batch: Float32Array, options: Any) -> Any:
-        if self._bound is not None:
+    def _outputs(self, names: list[str], batch: Float32Array, options: Any) -> Any:
+        if self._bound is not None and names == self._output_names:
             return self._bound.run(batch, options)
-        return self._inference.run(self._output_names, {self._input_name: batch}, options)
+        return self._inference.run(names, {self._input_name: batch}, options)
 
     def _failure(self, error: BaseException, *, is_over: bool) -> BundleError:
         if is_over:

@@ -15,8 +15,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from models import bundle, ood, reference
-from models.bundle import BundleError, Manifest, features_of
-from models.session.coalesce import Outputs
+from models.bundle import BundleError, Manifest, feature_map_of, features_of
+from models.session.coalesce import Coalescer, Outputs
 from models.session.memory import allocation_failure, resident_memory_bytes
 from models.session.network import FAILURES, Network, first_line
 from models.session.providers import (
@@ -101,17 +101,42 @@ class OnnxSession:
         logits, features = self._outputs(batch, release_memory=release_memory)
         return logits, features
 
-    def _outputs(self, batch: Float32Array, *, release_memory: bool) -> Outputs:
+    def run_with_map(
+        self, batch: Float32Array, *, release_memory: bool = False
+    ) -> tuple[Float32Array, Float32Array]:
+        """Run an encoder once, for its embeddings and for the feature map that they are means of.
+
+        Args:
+            batch: As of `run`.
+            release_memory: As of `run`.
+
+        Returns:
+            Embeddings (B, E) and feature maps (B, E, i, j, k).
+
+        Raises:
+            BundleError: As `run`; `no_feature_map` where the network has no such output.
+            ValueError: As `run`.
+        """
+        if feature_map_of(self.manifest) is None:
+            raise BundleError("no_feature_map", "the encoder gives no feature map")
+        network = self._network.run_with_map_together
+        embeddings, maps = self._outputs(batch, release_memory=release_memory, network=network)
+        return embeddings, maps
+
+    def _outputs(
+        self, batch: Float32Array, *, release_memory: bool, network: Coalescer | None = None
+    ) -> Outputs:
         expected = self.manifest.inputs[0].shape
         fits = batch.ndim == len(expected) and batch.shape[1] == expected[1]
         if not fits or batch.dtype != np.float32:
             raise ValueError(f"batch is {batch.dtype} {batch.shape}, not float32 {expected}")
+        run = network or self._network.run_together
         at_once = self.max_batch or max(len(batch), 1)
         answers = []
         for first in range(0, len(batch), at_once):
             part = batch[first : first + at_once]
             is_last = first + at_once >= len(batch)
-            answers.append(self._network.run_together(part, release_memory and is_last))
+            answers.append(run(part, release_memory and is_last))
         if len(answers) == 1:
             return answers[0]
         return tuple(np.concatenate(parts) for parts in zip(*answers, strict=True))

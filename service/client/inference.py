@@ -72,11 +72,26 @@ class Inference(Runs):
         volume_id: str,
         model: str,
         *,
+        segmentation_id: str | None = None,
+        segmenter: str | None = None,
         wait: bool = True,
         on_event: OnEvent | None = None,
     ) -> schemas.Embedding:
-        """Embed a volume, and wait for the end unless told otherwise."""
+        """Embed a volume, and wait for the end unless told otherwise.
+
+        Args:
+            volume_id: The scan.
+            model: The encoder.
+            segmentation_id: Also embed the labels of this segmentation, each as a region.
+            segmenter: Also embed the labels that this model finds; not with `segmentation_id`.
+            wait: Return when it has ended.
+            on_event: Told every event.
+        """
         body = {"volume_id": volume_id, "model": model}
+        if segmentation_id is not None:
+            body["segmentation_id"] = segmentation_id
+        if segmenter is not None:
+            body["segmenter"] = segmenter
         made = self._create("embeddings", body, schemas.Embedding)
         if not wait:
             return made
@@ -92,6 +107,7 @@ class Inference(Runs):
         volume_id: str,
         model: str,
         *,
+        region: str = "",
         limit: int = 10,
         modality: str | None = None,
         exclude_same_subject: bool = True,
@@ -101,11 +117,18 @@ class Inference(Runs):
         Args:
             volume_id: An image volume that this model has embedded.
             model: The encoder.
+            region: Compare this label's embeddings instead of the whole volumes'.
             limit: The most that are given, 1 to 100.
             modality: Only of this one, such as `CT`.
             exclude_same_subject: Leave out the volume's own subject, and so the volume.
         """
         filters = {"modality": modality, "exclude_same_subject": exclude_same_subject}
-        body = {"volume_id": volume_id, "model": model, "limit": limit, "filters": filters}
+        body = {
+            "volume_id": volume_id,
+            "model": model,
+            "region": region,
+            "limit": limit,
+            "filters": filters,
+        }
         answer = self._again("POST", "/embeddings:search", json=body)  # else a scheme
         return schemas.SimilarCases.model_validate_json(answer.content)

@@ -17,13 +17,15 @@ from service.db.base import Base, db_now
 
 
 class Embedding(Base):
-    """A volume's vector by one bundle, of its newest run, for `service.embeddings.search`.
+    """A volume's or region's vector by one bundle, of its newest run, for a search.
 
-    `vector` holds little-endian float32; the key is in the order in which a search reads.
+    `region` is the name of a label, empty for the whole volume. `vector` holds little-endian
+    float32; the key is in the order in which a search reads.
     """
 
     __tablename__ = "embedding"
     bundle_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    region: Mapped[str] = mapped_column(String(200), primary_key=True, default="")
     volume_id: Mapped[str] = mapped_column(
         ForeignKey("volume.id", ondelete="CASCADE"), primary_key=True, index=True
     )
@@ -37,17 +39,19 @@ class Embedding(Base):
 
 
 class EmbeddingSpace(Base):
-    """How often the stored embeddings of a bundle have changed; triggers count (migration 0004)."""
+    """How often a bundle's stored embeddings of a region have changed; triggers count."""
 
     __tablename__ = "embedding_space"
     bundle_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    region: Mapped[str] = mapped_column(String(200), primary_key=True)
     revision: Mapped[int] = mapped_column(BigInteger)
 
 
 class EmbeddingChange(Base):
-    """A volume whose embedding was written, replaced or removed; the last 10,000 of a bundle."""
+    """A volume whose embedding was written, replaced or removed; the last 10,000 of a space."""
 
     __tablename__ = "embedding_change"
     bundle_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    region: Mapped[str] = mapped_column(String(200), primary_key=True)
     revision: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     volume_id: Mapped[str] = mapped_column(String(40))

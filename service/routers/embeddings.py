@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import Query
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
-from service import db, embeddings, registry, runs, schemas, spaces, volumes
+from service import db, embeddings, region_sources, registry, runs, schemas, spaces, volumes
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import answers, deps, docs, inference, views
 from service.routers.runs import require_kind
@@ -26,16 +26,16 @@ router = deps.router("embeddings")
     summary="Embed a volume",
     response_model=schemas.Embedding,
     responses=docs.also(200, schemas.Embedding, "It ended within the time of `Prefer: wait`")
-    | docs.problems(*inference.CREATE_PROBLEMS),
+    | docs.problems(*inference.CREATE_PROBLEMS, "no_feature_map", "no_longer_kept", "not_ready"),
 )
 async def create_embedding(
-    ask: schemas.InferenceCreate,
+    ask: schemas.EmbeddingCreate,
     caller: deps.Annotator,
     once: deps.OnceOf,
     settings: deps.SettingsOf,
     prefer: answers.PreferOf = None,
 ) -> JSONResponse:
-    """Queue an encoder on an image volume."""
+    """Queue an encoder on an image volume, and on regions of it where their source is named."""
     work = inference.work_of(
         ask,
         caller,
@@ -43,6 +43,7 @@ async def create_embedding(
         model_kind="encoder",
         collection="embeddings",
         view=views.embedding,
+        more=lambda session, version: _regions(session, ask, version),
     )
     return await answers.queue(once, caller, settings, work, view=views.embedding, prefer=prefer)
 
@@ -135,6 +136,7 @@ def search_embeddings(
             not_subject=subject if is_same_left_out else None,
         ),
         max_bytes=settings.search_cache_bytes,
+        region=ask.region,
     )
     items = tuple(
         schemas.SimilarCase(
@@ -147,7 +149,27 @@ def search_embeddings(
         )
         for rank, one in enumerate(found.items, start=1)
     )
-    return schemas.SimilarCases(model=model, num_compared=found.num_compared, items=items)
+    return schemas.SimilarCases(
+        model=model, region=ask.region, num_compared=found.num_compared, items=items
+    )
+
+
+def _regions(
+    session: Session, ask: schemas.EmbeddingCreate, version: db.ModelVersion
+) -> dict[str, Any]:
+    """What the run's spec says of its regions; empty where none are asked for."""
+    if ask.segmentation_id is None and ask.segmenter is None:
+        return {}
+    region_sources.require_feature_map(version)
+    if ask.segmentation_id is not None:
+        return {
+            "regions": region_sources.of_segmentation(session, ask.segmentation_id, ask.volume_id)
+        }
+    segmenter = registry.resolve(session, str(ask.segmenter))
+    require_kind(segmenter, "segmenter")
+    inference.require_volumes(segmenter)
+    inference.require_one_label_a_voxel(segmenter)
+    return {"regions": region_sources.of_segmenter(segmenter)}
 
 
 def _question(
@@ -156,7 +178,7 @@ def _question(
     """Whose vectors are compared, with which (E,), and of which subject that one is."""
     if ask.embedding_id is not None:
         run = runs.get(session, ask.embedding_id, kinds=[KIND])
-        query = embeddings.of_run(run)
+        query = embeddings.of_run(run, ask.region)
         pointer = schemas.ModelPointer.model_validate(run.spec["model"])
         return pointer, query, volumes.get(session, str(run.volume_id)).subject
     assert ask.model is not None  # the request's own check
@@ -171,5 +193,5 @@ def _question(
     if volume is None:
         return pointer, np.array(ask.vector, dtype=np.float64), None
     reference = f"{version.model_name}/{version.version}"
-    query = embeddings.of_volume(session, volume.id, version.digest, reference)
+    query = embeddings.of_volume(session, volume.id, version.digest, reference, ask.region)
     return pointer, query, volume.subject

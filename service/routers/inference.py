@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import Response
@@ -41,11 +41,12 @@ def work_of(
     collection: str,
     view: answers.View,
     options: Mapping[str, Any] | None = None,
+    more: Callable[[Session, db.ModelVersion], Mapping[str, Any]] | None = None,
 ) -> deps.Work:
     """Queue `kind` of the asked-for model on the asked-for volume.
 
     The reference is resolved now, so an alias that moves later changes nothing. `options` go into
-    the run's spec.
+    the run's spec, and so does what `more` finds.
     """
 
     def work(session: Session) -> Answer:
@@ -59,10 +60,11 @@ def work_of(
             "version": version.version,
             "digest": version.digest,
         }
+        found = more(session, version) if more is not None else {}
         run = runs.create(
             session,
             kind=kind,
-            spec={"model": model, **(options or {})},
+            spec={"model": model, **(options or {}), **found},
             volume_id=volume.id,
             principal=caller.id,
         )

@@ -36,7 +36,7 @@ def finish(
     exit_code: int | None = None,
     artifacts: Sequence[NewArtifact] = (),
     register: NewVersion | None = None,
-    embedding: NewEmbedding | None = None,
+    vectors: Sequence[NewEmbedding] = (),
 ) -> None:
     """End a run for good: its state, result, files and model version in one transaction.
 
@@ -51,7 +51,7 @@ def finish(
         artifacts: Files in the store that now belong to the run.
         register: The bundle that becomes a model version; its `{name, version}` is added to
             the result as `model`.
-        embedding: The vector of the run's volume, to be found by a search.
+        vectors: Of the run's volume and its regions, to be found by a search.
 
     Raises:
         Fenced: The run is no longer ours; nothing was written.
@@ -71,7 +71,7 @@ def finish(
             exit_code=exit_code,
             artifacts=artifacts,
             register=register,
-            embedding=embedding,
+            vectors=vectors,
         )
 
     patiently(session, end, for_s=lease.lease_s)
@@ -88,7 +88,7 @@ def _finish(
     exit_code: int | None,
     artifacts: Sequence[NewArtifact],
     register: NewVersion | None,
-    embedding: NewEmbedding | None,
+    vectors: Sequence[NewEmbedding],
 ) -> None:
     try:
         if state is RunState.CANCELED:
@@ -97,9 +97,9 @@ def _finish(
             write(session, lease, **ended(state))
         for new in artifacts:
             attach(session, lease, new)
-        if embedding is not None:
+        for vector in vectors:
             assert lease.volume_id is not None  # an embedding is of a volume
-            embeddings.record(session, lease.run_id, lease.volume_id, embedding)
+            embeddings.record(session, lease.run_id, lease.volume_id, vector)
         if register is not None:
             version = registry.register(
                 session,

@@ -66,6 +66,7 @@ from service.schemas.datasets import (
 )
 from service.schemas.embeddings import (
     Embedding,
+    EmbeddingCreate,
     EmbeddingPage,
     EmbeddingResult,
     EmbeddingSearch,
@@ -161,6 +162,7 @@ __all__ = [
     "DatasetPage",
     "DatasetSummary",
     "Embedding",
+    "EmbeddingCreate",
     "EmbeddingId",
     "EmbeddingPage",
     "EmbeddingResult",

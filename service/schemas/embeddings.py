@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -14,6 +14,7 @@ from service.schemas.base import (
     EmbeddingId,
     ModelReference,
     Page,
+    SegmentationId,
     VolumeId,
     VolumeKind,
     page_of,
@@ -21,14 +22,71 @@ from service.schemas.base import (
 from service.schemas.certainty import (
     OutOfDistribution,
 )
-from service.schemas.inference import INFERENCE, OOD, Inference, Preflight, Ran
+from service.schemas.inference import INFERENCE, OOD, Inference, InferenceCreate, Preflight, Ran
 from service.schemas.runs import ModelPointer
+
+RegionName = Annotated[
+    str, Field(max_length=200, description="Name of a label; empty is the whole volume.")
+]
+
+
+class EmbeddingCreate(InferenceCreate):
+    """An encoder to run on a volume, and perhaps on regions of it: at most one source of them."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"volume_id": f"vol_{HEX}", "model": "models:/abdomen-encoder@champion"},
+                {
+                    "volume_id": f"vol_{HEX}",
+                    "model": "abdomen-encoder/2",
+                    "segmenter": "models:/liver-tumour@champion",
+                },
+            ]
+        },
+    )
+
+    segmentation_id: SegmentationId | None = Field(
+        None, description="Of the same volume: each of its labels is a region."
+    )
+    segmenter: ModelReference | None = Field(
+        None, description="Run on the volume first: each of its labels is a region."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.segmentation_id is not None and self.segmenter is not None:
+            raise ValueError("regions come from segmentation_id or from segmenter, not from both")
+        return self
+
+
+class RegionVector(Answer):
+    """A region's vector, or why it has none."""
+
+    region: RegionName
+    vector: tuple[float, ...] | None = Field(description="Of unit length.")
+    num_voxels: int = Field(description="Of the volume, with this label.")
+    num_cells: float = Field(
+        description="Its volume in cells of the encoder's feature map (8 voxels of the network's "
+        "grid along each axis)."
+    )
+    reason: Literal["absent", "too_small", "nothing_seen"] | None = Field(
+        description="Why there is no vector: no voxel has this label, it has less than one cell, "
+        "or the encoder gives zeros wherever it lies."
+    )
 
 
 class EmbeddingResult(Ran):
     """The vector, of unit length."""
 
     vector: tuple[float, ...]
+    regions: tuple[RegionVector, ...] = Field(
+        (), description="One for each label, where regions were asked for."
+    )
+    segmentation_id: SegmentationId | None = Field(None, description="Where regions are from.")
+    segmenter: ModelPointer | None = Field(None, description="What was run for the regions.")
     num_windows: int
     ood: OutOfDistribution | None = Field(None, description="Null in results of before there was.")
     preflight: Preflight | None = Field(None, description="Null in results of before there was.")
@@ -115,6 +173,9 @@ class EmbeddingSearch(Ask):
         description="The encoder whose embeddings are compared; of an `embedding_id` it is its own "
         "and stays out.",
     )
+    region: RegionName = Field(
+        "", description="What is compared, of the asked-for scan and of all others."
+    )
     limit: Annotated[int, Field(ge=1, le=100)] = 10
     filters: SearchFilters = SearchFilters()
 
@@ -150,6 +211,7 @@ class SimilarCases(Answer):
             "examples": [
                 {
                     "model": {"name": "abdomen-encoder", "version": 1, "digest": SHA},
+                    "region": "",
                     "num_compared": 1200,
                     "items": [
                         {
@@ -167,5 +229,6 @@ class SimilarCases(Answer):
     )
 
     model: ModelPointer = Field(description="Whose vectors were compared, and no others.")
+    region: RegionName
     num_compared: int = Field(description="Vectors that passed the filters.")
     items: tuple[SimilarCase, ...]

@@ -95,6 +95,34 @@ def _model(
     return model
 
 
+def encoder_with_map() -> onnx.ModelProto:
+    """A random convolution, means over cells of 8 voxels, and the mean of those."""
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(5, 1, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["image", "weight"], ["seen"], pads=[1] * 6),
+        helper.make_node("Tanh", ["seen"], ["bent"]),
+        helper.make_node(
+            "AveragePool", ["bent"], ["feature_map"], kernel_shape=[8] * 3, strides=[8] * 3
+        ),
+        helper.make_node("GlobalAveragePool", ["feature_map"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["embedding"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "encoder",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, "i", "j", "k"])],
+        [
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", 5]),
+            helper.make_tensor_value_info(
+                "feature_map", TensorProto.FLOAT, ["batch", 5, "a", "b", "c"]
+            ),
+        ],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
 @pytest.fixture
 def make_bundle(tmp_path: Path) -> MakeBundle:
     """Save a model as a bundle; returns its folder."""
@@ -118,13 +146,14 @@ def make_bundle(tmp_path: Path) -> MakeBundle:
             kind="encoder" if is_encoder else "segmenter",
             labels=() if is_encoder else labels,
             inputs=(TensorSpec(name="image", shape=("batch", 1, "i", "j", "k")),),
-            outputs=(
+            outputs=tuple(
                 TensorSpec(
-                    name=output.name,
+                    name=one.name,
                     shape=tuple(
-                        dim.dim_param or dim.dim_value for dim in output.type.tensor_type.shape.dim
+                        dim.dim_param or dim.dim_value for dim in one.type.tensor_type.shape.dim
                     ),
-                ),
+                )
+                for one in model.graph.output
             ),
             preprocessing=preprocessing,
             patch_size=patch_size,
@@ -160,6 +189,12 @@ def random_conv_model() -> onnx.ModelProto:
 def random_encoder() -> onnx.ModelProto:
     """An embedding of five numbers."""
     return random_conv(5, output="embedding")
+
+
+@pytest.fixture
+def mapped_encoder() -> onnx.ModelProto:
+    """See `encoder_with_map`."""
+    return encoder_with_map()
 
 
 @pytest.fixture

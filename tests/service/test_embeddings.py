@@ -197,7 +197,7 @@ def finish_embedding(session, volume_id, vector, *, digest=ONE, fence=0):
         session.commit()
     new = NewEmbedding("enc", 1, digest, np.asarray(vector, np.float32))
     runs.finish(
-        session, lease, RunState.SUCCEEDED, result={"vector": 1}, outcome="done", embedding=new
+        session, lease, RunState.SUCCEEDED, result={"vector": 1}, outcome="done", vectors=[new]
     )
     return run.id
 

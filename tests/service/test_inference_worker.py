@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 
 from imaging import nifti
 from models.predict import embed
+from models.regions import embed_regions
 from models.session import open_session
-from service import db, registry, resident, runs, tasks
+from service import db, registry, resident, runs, spaces, tasks
 from service import worker as workers
+from service.embeddings import Filters
 from service.settings import Settings
 from service.storage import Store
 
@@ -26,6 +29,7 @@ _spec = importlib.util.spec_from_file_location(
 _tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_tiny)
 make_bundle, random_encoder = _tiny.make_bundle, _tiny.random_encoder
+mapped_encoder, thresholds = _tiny.mapped_encoder, _tiny.thresholds
 
 
 @pytest.fixture
@@ -84,12 +88,12 @@ def register(sessions, settings, folder, kind):
     return {"name": kind, "version": 1, "digest": digest}
 
 
-def post(sessions, kind, volume, model, **more):
+def post(sessions, kind, volume, model, spec=None, **more):
     with sessions() as session:
         run = runs.create(
             session,
             kind=kind,
-            spec={"model": model, "formats": []},
+            spec={"model": model, "formats": [], **(spec or {})},
             volume_id=volume.id,
             principal="t",
             **more,
@@ -120,6 +124,71 @@ def test_embeddings_done_together_are_those_done_alone(
     assert told.count(True) >= 1 and told.count(False) >= 1
     assert results[0].result["precision"] == "float32"
     assert "fell_back_from" not in results[0].result
+
+
+def test_regions_come_from_a_segmentation_or_from_a_segmenter(
+    sessions, settings, scans, make_bundle, mapped_encoder, thresholds
+):
+    folder = make_bundle(mapped_encoder)
+    encoder = register(sessions, settings, folder, "encoder")
+    segmenter = register(
+        sessions, settings, make_bundle(thresholds(3), labels=("bright", "rare")), "segmenter"
+    )
+    values = {"bright": 1, "rare": 2}
+    segmentation = post(sessions, "segment", scans[0], segmenter)
+    one = workers.make_worker(settings, "inference", name="w")
+    assert workers.work_through(one, tasks.run) == 1
+    sources = ({"segmentation_id": segmentation}, {"model": segmenter})
+    ids = [
+        post(sessions, "embed", scans[0], encoder, {"regions": {**source, "values": values}})
+        for source in sources
+    ]
+
+    assert workers.work_through(one, tasks.run, together=tasks.RunKind.EMBED) == 2
+
+    store, session_of_it = Store(settings.data_dir), open_session(folder)
+    scan = nifti.open_canonical(store.verify(scans[0].voxels_sha256))
+    labels = (scan.voxels > 500).astype(np.uint8)  # what the segmenter does, written out
+    _, (bright, rare) = embed_regions(session_of_it, scan, labels, values)
+    with sessions() as session:
+        told = [runs.get(session, run_id) for run_id in ids]
+        stored = session.scalars(select(db.Embedding).order_by(db.Embedding.region)).all()
+        found = spaces.search(
+            session,
+            bright.vector.astype(np.float64),
+            encoder["digest"],
+            limit=5,
+            filters=Filters(),
+            max_bytes=1 << 20,
+            region="bright",
+        )
+    for run in told:
+        assert run.state == "succeeded", run.error
+        first, second = run.result["regions"]
+        assert (first["region"], first["num_voxels"]) == ("bright", bright.num_voxels)
+        np.testing.assert_allclose(first["vector"], bright.vector, atol=1e-6)
+        assert (second["region"], second["vector"], second["reason"]) == ("rare", None, rare.reason)
+    assert rare.reason == "absent"
+    assert [told[0].result["segmentation_id"], told[1].result["segmenter"]] == [
+        segmentation,
+        segmenter,
+    ]
+    assert [one.region for one in stored] == ["", "bright"]
+    assert (found.items[0].volume_id, found.items[0].cosine) == (scans[0].id, pytest.approx(1.0))
+
+
+def test_a_segmentation_whose_mask_is_gone_fails_the_run_by_name(
+    sessions, settings, scans, make_bundle, mapped_encoder
+):
+    encoder = register(sessions, settings, make_bundle(mapped_encoder), "encoder")
+    gone = {"segmentation_id": f"seg_{'0' * 32}", "values": {"organ": 1}}
+    run_id = post(sessions, "embed", scans[0], encoder, {"regions": gone})
+
+    workers.work_through(workers.make_worker(settings, "inference", name="w"), tasks.run)
+
+    with sessions() as session:
+        run = runs.get(session, run_id)
+    assert (run.state, run.error["code"]) == ("failed", "not_found")
 
 
 def test_a_better_run_of_another_kind_is_not_passed(sessions, scans):

@@ -164,8 +164,36 @@ def test_bundles_that_do_not_fit_leave_memory_and_are_still_searched(session, fi
 
     held = spaces._spaces_of(session)
 
-    assert list(held._spaces) == [OTHER]
+    assert list(held._spaces) == [(OTHER, "")]
     assert sum(space.num_bytes for space in held._spaces.values()) <= one
+
+
+def test_a_region_is_a_space_of_its_own(session, filled):
+    for number in (3, 4):
+        new = NewEmbedding("enc", 1, ONE, 2.0 * filled[number], "liver")
+        embeddings.record(session, f"emb_{number:032x}", volume_id(number), new)
+    session.commit()
+    query = filled[3].astype(np.float64)
+
+    def livers():
+        asked = {"limit": 5, "filters": Filters(), "region": "liver"}
+        found = spaces.search(session, query, ONE, max_bytes=PLENTY, **asked)
+        assert found == embeddings.search(session, query, ONE, **asked)
+        return found
+
+    before = find(session, query)
+    assert (livers().num_compared, before.num_compared) == (2, 60)
+    assert livers().items[0].volume_id == volume_id(3)
+    session.execute(
+        delete(Embedding).where(Embedding.volume_id == volume_id(3), Embedding.region == "liver")
+    )
+    session.commit()
+    assert [one.volume_id for one in livers().items] == [volume_id(4)]
+    assert find(session, query) == before
+    nothing = spaces.search(
+        session, query, ONE, limit=5, filters=Filters(), max_bytes=PLENTY, region="lung"
+    )
+    assert nothing.num_compared == 0
 
 
 def test_a_query_of_another_size_is_refused(session, filled):

@@ -250,6 +250,10 @@ def world(api: Api, scans: Scans) -> World:
     )
 
 
+CELLS = ("batch", 2, 2, 2, 2)
+"""Of a feature map."""
+
+
 def register(
     api: Api,
     name: str,
@@ -260,6 +264,7 @@ def register(
     run_id: Any = None,
     is_2d: bool = False,
     parity: tuple[bundle.Parity, ...] = (PASSED,),
+    has_map: bool = False,
 ) -> None:
     """Put a bundle into the store and the registry. The API opens no model, so any bytes do."""
     network = UNet3d(base_width=base_width)
@@ -273,7 +278,10 @@ def register(
         labels=() if kind == "encoder" else ("liver",),
         activation=activation,  # type: ignore[arg-type]
         inputs=(bundle.TensorSpec(name="image", shape=("batch", 1, 16, 16, 16)),),
-        outputs=(bundle.TensorSpec(name="output", shape=("batch", 2)),),
+        outputs=(
+            bundle.TensorSpec(name="output", shape=("batch", 2)),
+            *([bundle.TensorSpec(name=bundle.FEATURE_MAP, shape=CELLS)] if has_map else []),
+        ),
         preprocessing=Preprocessing2d() if is_2d else Preprocessing(),
         patch_size=(224, 224) if is_2d else (16, 16, 16),
         recipe=PretrainRecipe2d() if is_2d else recipes[kind],

@@ -15,19 +15,21 @@ HEX = "0" * 32
 VECTORS = {"a": [1.0, 0.0], "b": [0.6, 0.8], "c": [0.0, 1.0], "a2": [0.8, 0.6]}
 
 
-def embed(api, volume: str, model: str, vector) -> str:
+def embed(api, volume: str, model: str, vector, **regions) -> str:
     made = api("POST", "/embeddings", json={"volume_id": volume, "model": model}).json()
     pointer = made["model"]
-    stored = NewEmbedding(
-        pointer["name"], pointer["version"], pointer["digest"], np.array(vector, np.float32)
-    )
+    key = (pointer["name"], pointer["version"], pointer["digest"])
+    stored = [
+        NewEmbedding(*key, np.array(one, np.float32), region)
+        for region, one in {"": vector, **regions}.items()
+    ]
     result = {
         "vector": vector,
         "num_windows": 1,
         "timings_s": {},
         "bundle_digest": pointer["digest"],
     }
-    api.work(made["id"], result=result, embedding=stored)
+    api.work(made["id"], result=result, vectors=stored)
     return str(made["id"])
 
 
@@ -167,3 +169,48 @@ def test_the_client_and_the_command_list_similar_cases(api, url, cases):
     assert [line[:2] for line in lines] == [["1", cases["b"][0]], ["2", cases["c"][0]]]
     assert refused.exit_code == os.EX_DATAERR
     assert "not_embedded" in refused.output
+
+
+def test_a_search_compares_one_region_of_one_model(api, cases):
+    volumes = {name: cases[name][0] for name in ("a", "b")}
+    for name, vector in (("a", [0.0, 1.0]), ("b", [0.1, 0.9])):
+        embed(api, volumes[name], "similar/1", VECTORS[name], liver=vector)
+
+    livers = search(api, volume_id=volumes["a"], model="similar", region="liver").json()
+    wholes = search(api, volume_id=volumes["a"], model="similar").json()
+    other = search(api, volume_id=cases["c"][0], model="similar", region="liver")
+
+    assert (livers["region"], livers["num_compared"]) == ("liver", 1)
+    assert livers["items"][0]["cosine"] == pytest.approx(0.9 / np.hypot(0.1, 0.9))
+    assert wholes["region"] == "" and wholes["num_compared"] == 2
+    assert (other.status_code, other.json()["code"]) == (409, "not_embedded")
+    assert other.json()["region"] == "liver"
+
+
+def test_regions_need_a_feature_map_and_one_source(api, cases):
+    def refused(**body):
+        response = api("POST", "/embeddings", json={"volume_id": cases["a"][0], **body})
+        return response.status_code, response.json()["code"]
+
+    both = {"segmenter": "segmenter", "segmentation_id": f"seg_{HEX}"}
+    assert refused(model="similar", segmenter="segmenter") == (422, "no_feature_map")
+    assert refused(model="similar", **both) == (422, "invalid_request")
+
+
+def test_the_source_of_regions_is_checked_before_the_run_is_queued(api, cases, world, new_model):
+    new_model(api, "mapped", "encoder", base_width=24, has_map=True)
+
+    def asked(**source):
+        body = {"volume_id": cases["a"][0], "model": "mapped", **source}
+        return api("POST", "/embeddings", json=body)
+
+    queued = asked(segmenter="segmenter")
+    assert queued.status_code == 202, queued.text
+    assert asked(segmenter="mapped").json()["code"] == "wrong_model_kind"
+    assert asked(segmentation_id=f"seg_{HEX}").json()["code"] == "not_found"
+    body = {"volume_id": cases["a"][0], "model": "segmenter"}
+    waiting = api("POST", "/segmentations", json=body).json()["id"]
+    assert asked(segmentation_id=waiting).json()["code"] == "not_ready"
+    body = {"volume_id": cases["b"][0], "model": "segmenter"}
+    elsewhere = api("POST", "/segmentations", json=body).json()["id"]
+    assert asked(segmentation_id=elsewhere).json()["code"] == "invalid_request"
