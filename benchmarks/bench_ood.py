@@ -4,9 +4,9 @@
 
 A network learns the liver from CT of ../shared/data (`--steps`, or `--bundle`); each training scan
 and each control gives the vector that serving compares. A rival's threshold is the largest distance
-of a training scan from the others (with so few scans that is the 0.95 quantile too). What is printed
-is the distance of each scan as a part of its rival's threshold: above 1 it is called out. Scans of
-the same kind should stay below, all others above.
+of a training scan from the others (of so few scans that is the 0.95 quantile too). Printed is the
+distance of each scan as a part of its rival's threshold: above 1 it is called out. Scans like those
+of training should stay below, all others above.
 
 N scans, E embedding.
 """

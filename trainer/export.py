@@ -139,8 +139,10 @@ def publish(
     if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
         assert isinstance(network, UNet3d | ResNetUNet2d | EncoderAlone)
         encoder = network.encoder
-        is_3d = isinstance(encoder, UNet3dEncoder)
-        served = MappedEncoder(encoder) if is_3d else PooledEncoder(encoder)
+        if isinstance(encoder, UNet3dEncoder):
+            served = MappedEncoder(encoder)
+        else:
+            served = PooledEncoder(encoder)
     written = served.eval()
     if isinstance(served, UNet3d):
         written, served = WithFeatures(fold(served)), WithFeatures(served)
