@@ -30,6 +30,7 @@ def fill(engine) -> dict[str, int]:
         ("run", "queue"): "inference",
         ("batch", "kind"): "segment",
         ("embedding", "dims"): 1,
+        ("embedding", "region"): "",
         ("embedding", "vector"): b"\0\0\0\0",
         ("upload", "received_bytes"): 0,
         ("upload", "size_bytes"): 1,
@@ -86,6 +87,29 @@ def test_t_o1_each_revision_goes_down_and_up_with_rows_in_every_table(engine, da
         with engine.connect() as connection:
             context = MigrationContext.configure(connection, opts={"compare_type": True})
             assert list(compare_metadata(context, db.Base.metadata)) == []
+
+
+def test_going_below_regions_keeps_the_vectors_of_whole_volumes_alone(engine, database_url):
+    fill(engine)
+    copied = (
+        "INSERT INTO embedding SELECT bundle_digest, 'liver', volume_id, model_name, "
+        "model_version, run_id, dims, vector, created_at FROM embedding"
+    )
+    with engine.begin() as connection:
+        connection.execute(text(copied))
+
+    migrate.downgrade(database_url, "0008")
+    below = counts(engine)
+    migrate.upgrade(database_url)
+
+    assert below["embedding"] == 1
+    with engine.begin() as connection:
+        assert connection.scalars(text("SELECT region FROM embedding")).all() == [""]
+        connection.execute(text(copied))  # the triggers are there, and tell spaces apart
+        spaces = connection.execute(text("SELECT region, revision FROM embedding_space")).all()
+        changes = connection.scalar(text("SELECT count(*) FROM embedding_change"))
+    assert sorted(tuple(one) for one in spaces) == [("", 1), ("liver", 1)]
+    assert changes == 2
 
 
 def test_a_migration_that_breaks_off_leaves_the_tables_as_they_were(engine, database_url):

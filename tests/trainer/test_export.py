@@ -81,10 +81,13 @@ def test_an_encoder_gives_the_pooled_bottleneck(
     session = onnxruntime.InferenceSession(
         folder / "model.onnx", providers=["CPUExecutionProvider"]
     )
-    embedding = session.run(["embedding"], {"image": image.numpy()})[0]
+    names = ["embedding", bundle.FEATURE_MAP]
+    embedding, cells = session.run(names, {"image": image.numpy()})
     with torch.no_grad():
-        expected = network.encoder(image).bottleneck.mean((2, 3, 4)).numpy()
-    np.testing.assert_allclose(embedding, expected, atol=1e-5)
+        expected = network.encoder(image).bottleneck.numpy()
+    np.testing.assert_allclose(cells, expected, atol=1e-5)
+    np.testing.assert_allclose(embedding, expected.mean((2, 3, 4)), atol=1e-5)
+    assert bundle.feature_map_of(bundle.load(folder)) is not None
     assert bundle.load(folder).kind == "encoder"
     with pytest.raises(DataError, match="bundle_exists"):
         export.publish(state, tmp_path / "bundle", report)
