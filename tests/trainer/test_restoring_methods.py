@@ -1,5 +1,6 @@
 """Models Genesis, MAE, 3D-CPC, Rubik's Cube++, Semantic Genesis: targets and losses."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 
-from models.recipe import PretrainRecipe
-from trainer import methods
+from models.recipe import PretrainRecipe, PretrainRecipe2d
+from trainer import checkpoint, launch, methods, pretrain
+from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
-from trainer.errors import DataError
+from trainer.data.scans import discover
+from trainer.errors import DataError, Preempted
 from trainer.methods import lookalikes, patterns
+from trainer.methods.pairs import make_crops
+from trainer.methods.semantic_genesis import SemanticGenesis
 
 CPU = torch.device("cpu")
 CROPS = {"crop_sizes": [[16, 16, 16]], "border": [0, 0, 0], "max_tissue": None}
@@ -116,10 +121,8 @@ def test_models_genesis_restores_the_crop_that_was_changed() -> None:
 
 
 def test_models_genesis_without_any_change_sees_what_it_restores() -> None:
-    crops = {"shuffle_probability": 0.0, "paint_probability": 0.0}
-    method, resident, sampler = world(
-        recipe_of("models_genesis", {"curve_probability": 0.0}, crops=crops)
-    )
+    nothing = {"shuffle_probability": 0.0, "curve_probability": 0.0, "paint_probability": 0.0}
+    method, resident, sampler = world(recipe_of("models_genesis", nothing))
 
     views = method.make_views(resident, sampler, 1)
 
@@ -128,9 +131,9 @@ def test_models_genesis_without_any_change_sees_what_it_restores() -> None:
 
 def test_z_scores_have_no_sigmoid_and_curves_span_each_crop_s_range() -> None:
     preprocessing = {"spacing_mm": [2, 2, 2], "intensity": {"kind": "zscore"}}
-    crops = {"paint_probability": 0.0}
+    unpainted = {"paint_probability": 0.0}
     method, resident, sampler = world(
-        recipe_of("models_genesis", preprocessing=preprocessing, crops=crops)
+        recipe_of("models_genesis", unpainted, preprocessing=preprocessing)
     )
     wide = Resident(resident.flat * 6 - 3, resident.offsets, resident.shapes, resident.margins, CPU)
     views = method.make_views(wide, sampler, 1)
@@ -142,6 +145,53 @@ def test_z_scores_have_no_sigmoid_and_curves_span_each_crop_s_range() -> None:
     assert torch.all(
         views.spoiled.flatten(1).amin(dim=1) >= views.clean.flatten(1).amin(dim=1) - 1e-4
     )
+
+
+def images() -> ResidentImages:
+    random = np.random.default_rng(0)
+    squares = [random.integers(0, 256, (64, 64), dtype=np.uint8) for _ in range(6)]
+    return ResidentImages.of(squares, device=CPU)
+
+
+def recipe_2d(**method: Any) -> PretrainRecipe2d:
+    return PretrainRecipe2d.model_validate(
+        {
+            "network": {"kind": "resnet18_unet2d", "width": 8},
+            "preprocessing": {"size": 64},
+            "crops": {"input_size": 32},
+            "method": {"name": "models_genesis", "shuffle_windows": 50, **method},
+            "num_steps": 6,
+            "batch_size": 4,
+        }
+    )
+
+
+def test_models_genesis_in_2d_restores_normalised_images_and_paints_all_colours_alike() -> None:
+    recipe = recipe_2d(paint_probability=1.0)
+    method = methods.make(recipe)
+
+    views = method.make_views(images(), None, 1)
+    loss = method.losses(views).total
+
+    assert views.spoiled.shape == views.clean.shape == (4, 3, 32, 32)
+    mean, std = (
+        torch.tensor(x)[:, None, None]
+        for x in (recipe.preprocessing.normalisation.mean, recipe.preprocessing.normalisation.std)
+    )
+    red, green, blue = (views.spoiled * std + mean).unbind(dim=1)
+    torch.testing.assert_close(red, green, atol=1e-5, rtol=0)
+    torch.testing.assert_close(red, blue, atol=1e-5, rtol=0)
+    assert all(not torch.equal(a, b) for a, b in zip(views.spoiled, views.clean, strict=True))
+    torch.testing.assert_close(loss, F.mse_loss(method.student(views.spoiled), views.clean))
+
+
+def test_models_genesis_in_2d_without_any_change_sees_the_image_that_rotnet_sees() -> None:
+    recipe = recipe_2d(shuffle_probability=0.0, curve_probability=0.0, paint_probability=0.0)
+
+    views = methods.make(recipe).make_views(images(), None, 1)
+
+    torch.testing.assert_close(views.spoiled, views.clean)
+    torch.testing.assert_close(views.clean, make_crops(recipe, images(), None, 1)[0])
 
 
 def test_mae_sees_nothing_of_what_it_is_asked_for() -> None:
@@ -279,3 +329,43 @@ def test_more_classes_than_there_is_room_for_are_refused() -> None:
 def test_what_does_not_fit_the_crops_is_refused(name, method, crops, expected) -> None:
     with pytest.raises(ValueError, match=expected):
         recipe_of(name, method, crops=crops)
+
+
+def test_classes_are_found_once_and_a_run_that_died_before_its_first_step_has_them(
+    tmp_path: Path, scan_folder: Path, monkeypatch: pytest.MonkeyPatch, report
+) -> None:
+    recipe = recipe_of("semantic_genesis", {"least_distance": 1.0})
+    again: list[str] = []
+
+    def pretrain_once() -> None:
+        pretrain.run(
+            recipe, discover(scan_folder), tmp_path, report,
+            device=CPU, should_stop=lambda: True, cache=scan_folder.parent / "cache",
+        )  # fmt: skip
+
+    def dies(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(SemanticGenesis, "make_views", dies)
+        pretrain_once()
+    first = checkpoint.load_newest(tmp_path / "checkpoints")
+    monkeypatch.setattr(lookalikes, "describe", lambda *_: again.append("described"))
+    with pytest.raises(Preempted):
+        pretrain_once()
+    second = checkpoint.load_newest(tmp_path / "checkpoints")
+
+    assert first is not None and second is not None
+    assert (first["step"], second["step"]) == (0, 1)
+    assert again == []
+    for name in ("share", "neighbours"):
+        assert torch.equal(first["method"][name], second["method"][name])
+    assert (second["method"]["neighbours"] >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["rubiks_cube", "semantic_genesis"])
+def test_methods_of_one_process_refuse_two(name: str) -> None:
+    with pytest.raises(DataError, match="2 processes cannot share"):
+        launch.check(recipe_of(name), 2)
+    launch.check(recipe_of(name), 1)
+    launch.check(recipe_of("mae"), 2)

@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
@@ -93,7 +93,19 @@ def draw_geometry(recipe: CropPairs, batch_size: int, random: torch.Generator) -
     )
 
 
-def draw_painting(recipe: CropPairs, batch_size: int, random: torch.Generator) -> Tensor:
+class Paints(Protocol):
+    """Whoever has the shares of painting: `CropPairs`, or a method of its own."""
+
+    @property
+    def paint_probability(self) -> float:
+        """Of painting at all."""
+
+    @property
+    def inpaint_share(self) -> float:
+        """Of the painted views, how many are painted inside boxes instead of outside."""
+
+
+def draw_painting(recipe: Paints, batch_size: int, random: torch.Generator) -> Tensor:
     """Which painting, the same for both views of a pair, (B,)."""
     painted = torch.rand(batch_size, generator=random) < recipe.paint_probability
     inside = torch.rand(batch_size, generator=random) < recipe.inpaint_share

@@ -61,6 +61,8 @@ def shuffle_some(
     chosen: Tensor,
     on_host: torch.Generator,
     on_device: torch.Generator,
+    *,
+    num_windows: int = NUM_WINDOWS,
 ) -> list[Tensor]:
     """Shuffle the chosen ones of V batches of views, each (B, 1, I, J, K); `views` stay.
 
@@ -69,10 +71,11 @@ def shuffle_some(
         chosen: Which to shuffle, bool (V, B) on the host.
         on_host: Of the windows' extents.
         on_device: Of everything else, on the views' device.
+        num_windows: Of each view.
     """
     _, _, i, j, k = views[0].shape
     shape, device = (i, j, k), views[0].device
-    offsets = _offsets_read(shape, draw_orders(shape, on_device), NUM_WINDOWS)
+    offsets = _offsets_read(shape, draw_orders(shape, on_device), num_windows)
     shuffled = []
     for batch, is_chosen in zip(views, chosen, strict=True):
         flat = _flattened(batch)
@@ -80,7 +83,9 @@ def shuffle_some(
         every = is_chosen.nonzero()[:, 0]
         at_once = AT_ONCE if device.type == "cpu" else len(every)
         for at in torch.split(every, at_once) if len(every) else ():
-            windows = draw_windows(shape, len(at), on_host, on_device)
+            windows = draw_windows(
+                shape, len(at), on_host, on_device, num_windows=num_windows
+            )
             read_from = _read_from(windows, offsets, shape, num_views=len(at))
             there = to_device(at, device)
             moved = flat.index_select(0, there).flatten().index_select(0, read_from)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.recipe import AnyPretrain, PretrainRecipe, Window
+from models.recipe import AnyPretrain, PretrainRecipe, PretrainRecipe2d, Window
 
 
 def is_bounded(recipe: AnyPretrain) -> bool:
-    """Whether intensities lie in [0, 1]: those of a window do, z-scores (MR) do not."""
+    """Whether network input lies in [0, 1]: a window's does, z-scores (MR) and images do not."""
     return isinstance(recipe, PretrainRecipe) and isinstance(recipe.preprocessing.intensity, Window)
 
 
@@ -22,8 +22,11 @@ def restore(out: Tensor, recipe: AnyPretrain) -> Tensor:
 
 
 def limits(views: Tensor, recipe: AnyPretrain) -> tuple[Tensor, Tensor] | None:
-    """Least and greatest intensity of each view, (B,) each; None where these are 0 and 1."""
-    if is_bounded(recipe):
+    """Least and greatest intensity of each view, (B,) each; None where these are 0 and 1.
+
+    Images are in [0, 1] until they are normalised.
+    """
+    if is_bounded(recipe) or isinstance(recipe, PretrainRecipe2d):
         return None
     flat = views.flatten(1)
     return flat.amin(dim=1), flat.amax(dim=1)

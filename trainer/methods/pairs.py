@@ -168,10 +168,27 @@ def _pairs_of_images(
 def _crops_of_images(
     recipe: PretrainRecipe2d, images: ResidentImages, step: int, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
+    sharp, index = sharp_images(recipe, images, step, rows)
+    view = as_channels(sharp, recipe.preprocessing.normalisation)
+    return view, to_device(index, view.device)
+
+
+def sharp_images(
+    recipe: PretrainRecipe2d, images: ResidentImages, step: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `make_crops` normalises: cropped, flipped and rotated images in [0, 1].
+
+    Args:
+        recipe: In 2D.
+        images: All.
+        step: From 1.
+        rows: `shuffled_share` of the step.
+
+    Returns:
+        Views (B, C, I, J), and the image of each, int64 (B,) on the host.
+    """
     num_images, _, side, _ = images.pixels.shape
     index = draw_batch(num_images, recipe.batch_size, seed=recipe.seed, step=step)[rows]
     shapes = generator(recipe.seed, step, "geometry")
     drawn = augment2d.draw_geometry(recipe.crops, side, recipe.batch_size, shapes)
-    sharp = augment2d.make_clean(images, recipe.crops, index, take(drawn, rows))
-    view = as_channels(sharp, recipe.preprocessing.normalisation)
-    return view, to_device(index, view.device)
+    return augment2d.make_clean(images, recipe.crops, index, take(drawn, rows)), index

@@ -60,6 +60,7 @@ class SemanticGenesis(Method[Patterns, Losses]):
         self.register_buffer("share", torch.zeros(spec.num_classes, 3, dtype=torch.float64))
         unknown = torch.full((spec.num_classes, spec.neighbours), NOT_THERE)
         self.register_buffer("neighbours", unknown)
+        self._on_host: tuple[Tensor, Tensor] | None = None
 
     def prepare(
         self,
@@ -75,6 +76,7 @@ class SemanticGenesis(Method[Patterns, Losses]):
         places = patterns.find_places(self.recipe, volumes.shapes, sampler)
         count = min(self.spec.neighbours, len(volumes.shapes))
         found = lookalikes.nearest(features, to_device(places.reference, features.device), count)
+        self._on_host = None
         self.share.copy_(places.share)
         self.neighbours[:, :count] = found
         return True
@@ -85,16 +87,24 @@ class SemanticGenesis(Method[Patterns, Losses]):
         """Crops of patterns, as they are and transformed."""
         recipe = self.recipe
         assert isinstance(recipe, PretrainRecipe) and isinstance(volumes, Resident)
-        neighbours = self.neighbours.cpu()
-        chosen = patterns.choose(recipe, int((neighbours[0] != NOT_THERE).sum()), step)
+        share, neighbours = self._classes()
+        chosen = patterns.choose(recipe, neighbours.shape[1], step)
         sizes = torch.tensor(recipe.crops.crop_sizes)
-        boxes = patterns.place_crops(chosen, self.share.cpu(), neighbours, volumes.shapes, sizes)
+        boxes = patterns.place_crops(chosen, share, neighbours, volumes.shapes, sizes)
         geometry = augment.draw_geometry(
             recipe.crops, recipe.batch_size, generator(recipe.seed, step, "geometry")
         )
         clean = augment.make_clean(volumes, recipe.crops, boxes, 0, geometry)
         spoiled = transformed(recipe, clean, step)
         return Patterns(spoiled, clean, to_device(chosen.label, clean.device))
+
+    def _classes(self) -> tuple[Tensor, Tensor]:
+        """Places and scans of the classes, fetched from the device once: a copy waits for it."""
+        if self._on_host is None:
+            neighbours = self.neighbours.cpu()
+            count = int((neighbours[0] != NOT_THERE).sum())
+            self._on_host = self.share.cpu(), neighbours[:, :count]
+        return self._on_host
 
     def losses(self, views: Patterns) -> Losses:
         """Mean squared error over all voxels, and cross-entropy over the classes."""
