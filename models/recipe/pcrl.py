@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from models import presets
+from models.recipe.ablations import ABLATIONS
 from models.recipe.method import MethodRecipe, Sections
 
 Reconstruction = Literal["o", "m", "h", "mixup_o", "mixup_h"]
@@ -32,8 +33,11 @@ class Pcrl(MethodRecipe):
     TITLE: ClassVar[str] = "PCRL"
 
     name: Literal["pcrl"] = "pcrl"
-    preset: Literal["paper", "official", "recommended"] = "paper"
-    """Where the values of fields come from that were not given."""
+    preset: Literal[
+        "paper", "official", "recommended", "contra_loss", "self_recons", "rotnet",
+        "trans_att_flip", "trans_att", "crossmix_05", "crossmix_1",
+    ] = "paper"  # fmt: skip
+    """Where the values of fields come from that were not given (`models.presets`, `ablations`)."""
     embedding_size: PositiveInt = 128
     queue_size: PositiveInt = 16384
     temperature: PositiveFloat = 0.2
@@ -47,7 +51,7 @@ class Pcrl(MethodRecipe):
     target being the mix of the two transformed views (rows 5 and 6)."""
     contrast_weight: Annotated[float, Field(ge=0.0)] = 0.5
     reconstruction_weight: Annotated[float, Field(ge=0.0)] = 0.5
-    attention: Literal["outer", "se"] = "outer"
+    attention: Literal["outer", "se", "none"] = "outer"
     """TransAtt: `outer` is P's Eq. 1-3, `se` the official code's squeeze-and-excitation."""
     outer_rank: PositiveInt | None = None
     """Low-rank form of the C x C x C bilinear map of Eq. 2; None is the full map."""
@@ -57,7 +61,8 @@ class Pcrl(MethodRecipe):
     """What the projector pools: features after TransAtt (P) or before it."""
     skip: bool = True
     """Skip connections into the decoder (row 8); without, it sees the bottleneck alone."""
-    reconstructions: Annotated[tuple[Reconstruction, ...], Field(min_length=1)] = ("o", "m", "h")
+    reconstructions: tuple[Reconstruction, ...] = ("o", "m", "h")
+    """What the decoder is trained on; where it is nothing, there is no decoder."""
     reconstruction_reduction: Literal["sum", "mean"] = "sum"
     """Over the reconstructions (row 17)."""
     target: Literal["clean", "corrupted"] = "clean"
@@ -78,6 +83,15 @@ class Pcrl(MethodRecipe):
     momentum_groups: PositiveInt = 4
     """Shuffled groups in which the momentum encoder normalises a batch (row 22; P had 4 GPUs).
     Fewer where a group would hold a single sample."""
+    transformation: Literal["flips_and_turns", "flips", "none"] = "flips_and_turns"
+    """What T consists of: what the decoder is asked for, and the indicator vector says."""
+    rotation_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of telling by how many quarter turns the ordinary view was turned (RotNet); 0: not asked."""
+
+    ADDED: ClassVar[Mapping[str, object]] = {
+        "transformation": "flips_and_turns",
+        "rotation_weight": 0.0,
+    }
 
     @property
     def has_mixup_pass(self) -> bool:
@@ -87,12 +101,13 @@ class Pcrl(MethodRecipe):
     @classmethod
     def defaults(cls, preset: object) -> Sections:
         """Those of the preset; none of an unknown one, which the recipe's own check names."""
-        return presets.PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        known = {**presets.PRESETS, **ABLATIONS}
+        return known.get(preset, {}) if isinstance(preset, str) else {}
 
     @property
     def trains_decoder(self) -> bool:
-        """PCRL does."""
-        return True
+        """As long as anything is reconstructed."""
+        return bool(self.reconstructions)
 
     @property
     def has_skips(self) -> bool:
@@ -133,10 +148,22 @@ class Pcrl(MethodRecipe):
                 raise ValueError(f"{name} names one thing twice: {', '.join(values)}")
         if self.outer_rank is not None and self.attention != "outer":
             raise ValueError(f"outer_rank belongs to attention 'outer', not {self.attention!r}")
-        if self.contrast_weight == self.reconstruction_weight == 0:
+        if self.contrast_weight == self.reconstruction_weight == self.rotation_weight == 0:
             raise ValueError("contrast_weight and reconstruction_weight are both 0")
+        self._check_decoder()
         self._check_mixup()
         return self
+
+    def _check_decoder(self) -> None:
+        if (self.reconstruction_weight > 0) != bool(self.reconstructions):
+            raise ValueError("reconstruction_weight is 0 if and only if reconstructions is empty")
+        if self.attention == "none" and self.transformation != "none":
+            raise ValueError(
+                f"without attention nothing tells the decoder of {self.transformation}: "
+                "transformation must be 'none'"
+            )
+        if self.attention == "none" and (self.post_conv or self.projector_input == "post"):
+            raise ValueError("post_conv and projector_input 'post' belong to an attention")
 
     def _check_mixup(self) -> None:
         contrasts = [term for term in self.contrasts if term != "views"]

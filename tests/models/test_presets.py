@@ -93,14 +93,14 @@ def test_parts_made_in_python_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"preset": "faithful"}, "'paper', 'official' or 'recommended'"),
-        ({"preset": ["paper"]}, "'paper', 'official' or 'recommended'"),
+        ({"preset": "faithful"}, "'paper', 'official', 'recommended'"),
+        ({"preset": ["paper"]}, "'paper', 'official', 'recommended'"),
         ({"preset": "official", "mask_same_scan": True}, "mask_same_scan needs embeddings of one"),
         ({"preset": "official", "projector_input": "post"}, "need projector_input 'pre'"),
         ({"preset": "recommended", "outer_rank": 8}, "outer_rank belongs to attention 'outer'"),
         ({"preset": "paper", "push": ["mixup_key"]}, "only the pass over the mixed batch makes"),
         ({"preset": "paper", "push": ["key", "key"]}, "push names one thing twice"),
-        ({"preset": "paper", "reconstructions": []}, "at least 1 item"),
+        ({"preset": "paper", "reconstructions": []}, "if and only if reconstructions is empty"),
         ({"preset": "paper", "queue_size": 64}, "queue_size 64 is below the 96 vectors"),
         ({"preset": "recommended", "queue_size": 31}, "queue_size 31 is below the 32 vectors"),
         ({"contrast_weight": 0, "reconstruction_weight": 0}, "are both 0"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 
+from trainer.methods.contrast import encode_in_groups
 from trainer.methods.pcrl import Pcrl
 from trainer.methods.views import Views, draw_mix
 from trainer.randomness import generator
@@ -246,7 +247,7 @@ def test_momentum_groups_normalise_apart(build) -> None:
     method, views_of = build()
     views = views_of(1)
 
-    grouped = method._encode_momentum(views.input_m)
+    grouped = encode_in_groups(method.momentum_encoder, views.input_m, method.recipe)
 
     for part in (slice(0, 2), slice(2, 4)):
         alone = method.momentum_encoder(views.input_m[part])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 
 from trainer.data.augment import apply_indicators
+from trainer.methods.contrast import encode_in_groups
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_four_reconstructions_are_averaged(world) -> None:
     t_o, t_m = views.indicators
     encode_o, attend = method.student.encoder, method.attention
     features_o = encode_o(views.input_o)
-    features_m = method._encode_momentum(views.input_m)
+    features_m = encode_in_groups(method.momentum_encoder, views.input_m, method.recipe)
     plain, decode = bottleneck_and_decoder(method, features_o)
     attended_o, attended_m = attend(plain, t_o), attend(features_m.bottleneck, t_m)
     target_o, target_m = apply_indicators(views.input_o, t_o), apply_indicators(views.input_m, t_m)
@@ -50,7 +51,7 @@ def test_four_reconstructions_are_averaged(world) -> None:
         return mixup * x + (1 - mixup) * x[partner]
 
     mixed_o = encode_o(blend(views.input_o))
-    mixed_m = method._encode_momentum(blend(views.input_m))
+    mixed_m = encode_in_groups(method.momentum_encoder, blend(views.input_m), method.recipe)
     mixed_h = hybrid(mixed_o, mixed_m, lam)
     clean_o, clean_m = blend(views.clean_o), blend(views.clean_m)
     expected = {
@@ -86,9 +87,13 @@ def test_three_terms_are_contrasted_each_after_the_keys_before_it(world) -> None
         return mixup * x + (1 - mixup) * x[partner]
 
     query = method.projector(method.student.encoder(views.input_o).bottleneck)
-    key = method.momentum_projector(method._encode_momentum(views.input_m).bottleneck)
+    key = method.momentum_projector(
+        encode_in_groups(method.momentum_encoder, views.input_m, method.recipe).bottleneck
+    )
     mixup_query = method.projector(method.student.encoder(blend(views.input_o)).bottleneck)
-    mixup_key = method.momentum_projector(method._encode_momentum(blend(views.input_m)).bottleneck)
+    mixup_key = method.momentum_projector(
+        encode_in_groups(method.momentum_encoder, blend(views.input_m), method.recipe).bottleneck
+    )
     mixed_key = F.normalize(blend(key), dim=1)
     negatives = method.queue.vectors.clone()
     z, total, at = None, 0.0, 0

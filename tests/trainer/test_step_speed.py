@@ -13,7 +13,7 @@ from trainer.data import augment, augment2d, images2d, resident
 from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
-from trainer.methods import views
+from trainer.methods import pairs, views
 from trainer.methods.pcrl import Losses, Pcrl
 from trainer.randomness import generator
 
@@ -111,9 +111,10 @@ def test_a_step_asks_the_device_for_no_value_and_sends_it_nothing_on_the_side(
         sent.append(x)
         return torch.empty(x.shape, dtype=x.dtype, device=device)
 
-    for module in (augment, augment2d, images2d, resident, views):
+    for module in (augment, augment2d, images2d, resident, pairs, views):
         monkeypatch.setattr(module, "to_device", to_device)
-    monkeypatch.setattr(views, "generator", lambda *key: generator(*key[:3]))
+    for module in (pairs, views):
+        monkeypatch.setattr(module, "generator", lambda *key: generator(*key[:3]))
     monkeypatch.setattr(
         augment, "uniform_noise", lambda shape, random: torch.empty(shape, device="meta")
     )

@@ -23,34 +23,28 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import recipe as recipes
 from models.networks.encoder_alone import EncoderAlone
 from models.networks.heads import Projector, TransAttention
-from models.networks.resnet_unet2d import Features2d, ResNet18Encoder, ResNetUNet2d
-from models.networks.unet3d import Features, SkipResponses, UNet3d, UNet3dEncoder
+from models.networks.resnet_unet2d import Features2d, ResNet18Encoder
+from models.networks.unet3d import Features, SkipResponses, UNet3d, UNet3dEncoder, pooled
 from models.recipe import AnyPretrain, PretrainRecipe
-from trainer import distributed, ema
+from trainer import ema
 from trainer.build import build_student
 from trainer.data import augment
 from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
-from trainer.losses import binary_nce_loss, mean_candidate, nce_loss
 from trainer.methods import views as batches
+from trainer.methods.contrast import contrast_terms, encode_in_groups, gathered
 from trainer.methods.method import Method
 from trainer.methods.queue import Queue
+from trainer.methods.rotnet import NUM_TURNS
 from trainer.methods.views import Views
 
 AnyFeatures = Features | Features2d
-
-CONTRASTED = {
-    "views": ("query", "key"),
-    "mixup": ("mixup_query", "mixup_key"),
-    "mixed_key": ("mixup_query", "mixed_key"),
-}
-"""Embeddings of each term of the contrastive loss, by the recipe's name of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +55,8 @@ class Losses:
     contrast: Tensor
     reconstruction: dict[str, Tensor]
     """Mean squared error of each decode, by the recipe's name of it."""
+    rotation: Tensor | None
+    """Cross-entropy of RotNet's task, where the recipe has it."""
     pushed: Tensor
     """Embeddings for the queue in the recipe's order, detached, (pushes * B, E)."""
     scans: Tensor
@@ -72,6 +68,8 @@ class Losses:
         """Detached scalars for the metrics."""
         parts = {f"reconstruction_{e}": loss for e, loss in self.reconstruction.items()}
         every = {"loss": self.total, "contrast": self.contrast, **parts}
+        if self.rotation is not None:
+            every["rotation"] = self.rotation
         return {name: value.detach() for name, value in every.items()}
 
 
@@ -85,17 +83,17 @@ class Pcrl(Method[Views, Losses]):
         method, network = recipe.method, recipe.network
         assert isinstance(method, recipes.Pcrl)
         self.spec = method
-        student = build_student(recipe, fused=_is_fused(recipe))
-        assert not isinstance(student, EncoderAlone)
-        self.student: UNet3d | ResNetUNet2d = student
-        self.attention = TransAttention(
-            network.num_features,
-            kind=method.attention,
-            rank=method.outer_rank,
-            post_conv=method.post_conv,
-            num_indicators=augment.num_indicators(network.dims),
-            dims=network.dims,
-        )
+        self.student = build_student(recipe, fused=_is_fused(recipe))
+        self.attention: TransAttention | None = None
+        if method.attention != "none" and method.trains_decoder:
+            self.attention = TransAttention(
+                network.num_features,
+                kind=method.attention,
+                rank=method.outer_rank,
+                post_conv=method.post_conv,
+                num_indicators=augment.num_indicators(network.dims),
+                dims=network.dims,
+            )
         self.projector = Projector(network.num_features, method.embedding_size)
         self.momentum_encoder: UNet3dEncoder | ResNet18Encoder = copy.deepcopy(self.student.encoder)
         self.momentum_projector: Projector = copy.deepcopy(self.projector)
@@ -103,6 +101,8 @@ class Pcrl(Method[Views, Losses]):
         ema.freeze(self.momentum_projector)
         self.queue = Queue(method.queue_size, method.embedding_size)
         self.register_buffer("normaliser", torch.zeros(()))
+        if method.rotation_weight > 0:
+            self.rotation_head = nn.Linear(network.num_features, NUM_TURNS)
 
     def make_views(
         self, volumes: Resident | ResidentImages, sampler: PairSampler | None, step: int
@@ -114,23 +114,37 @@ class Pcrl(Method[Views, Losses]):
         """Eq. 5-8 of the paper for one batch."""
         method = self.spec
         features_o: AnyFeatures = self.student.encoder(views.input_o)
-        features_m = self._encode_momentum(views.input_m)
+        features_m = encode_in_groups(self.momentum_encoder, views.input_m, self.recipe)
         plain = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
         attended = self._attend(plain, views)
-        skips = self._skips(features_o, features_m, views.mix)
-        reconstruction = self._reconstruct(attended, skips, self._targets(views))
+        reconstruction = {}
+        if method.trains_decoder:
+            skips = self._skips(features_o, features_m, views.mix)
+            reconstruction = self._reconstruct(attended, skips, self._targets(views))
         embeddings = self._embed(attended if method.projector_input == "post" else plain)
         if method.has_mixup_pass:
             more_reconstruction, more_embeddings = self._mixup_pass(views, embeddings["key"])
             reconstruction |= more_reconstruction
             embeddings |= more_embeddings
-        contrast, normaliser = self._contrast(embeddings, views.scan)
-        restored = torch.stack(list(reconstruction.values()))
-        restored = restored.sum() if method.reconstruction_reduction == "sum" else restored.mean()
+        contrast, normaliser = contrast_terms(
+            method, self.queue, self.normaliser, embeddings, views.scan
+        )
+        total = method.contrast_weight * contrast
+        if reconstruction:
+            restored = torch.stack(list(reconstruction.values()))
+            restored = (
+                restored.sum() if method.reconstruction_reduction == "sum" else restored.mean()
+            )
+            total = total + method.reconstruction_weight * restored
+        rotation = None
+        if method.rotation_weight > 0:
+            rotation = self._rotation(views)
+            total = total + method.rotation_weight * rotation
         return Losses(
-            total=method.contrast_weight * contrast + method.reconstruction_weight * restored,
+            total=total,
             contrast=contrast,
             reconstruction=reconstruction,
+            rotation=rotation,
             pushed=torch.cat([embeddings[name].detach() for name in method.push]),
             scans=views.scan.repeat(len(method.push)),
             normaliser=normaliser,
@@ -142,25 +156,14 @@ class Pcrl(Method[Views, Losses]):
         beta = self.spec.ema_momentum
         ema.update(self.momentum_encoder, self.student.encoder, beta)
         ema.update(self.momentum_projector, self.projector, beta)
-        pushed = _gathered(losses.pushed, len(self.spec.push))
-        self.queue.push(pushed, _gathered(losses.scans, len(self.spec.push)))
+        num_kinds = len(self.spec.push)
+        self.queue.push(gathered(losses.pushed, num_kinds), gathered(losses.scans, num_kinds))
         self.normaliser.copy_(losses.normaliser)
-
-    @torch.no_grad()
-    def _encode_momentum(self, images: Tensor) -> AnyFeatures:
-        """Encode in shuffled groups, so that a key's batch statistics do not give its query away.
-
-        What shuffling over devices is in MoCo (row 22): the batch was shuffled when it was drawn,
-        and a rank holds whole groups, so no image and no feature travels (docs/adr/0007).
-        """
-        groups = min(self.spec.momentum_groups, self.recipe.batch_size // 2)
-        ours = groups // distributed.num_ranks()
-        parts = [self.momentum_encoder(part) for part in images.chunk(ours)]
-        encoded: AnyFeatures = type(parts[0])._make(map(torch.cat, zip(*parts, strict=True)))
-        return encoded
 
     def _attend(self, plain: dict[str, Tensor], views: Views) -> dict[str, Tensor]:
         """TransAtt on each bottleneck; the hybrid is mixed before it or after it (row 6)."""
+        if self.attention is None:
+            return plain
         if self.spec.crossmix == "before_attention":
             pairs = zip(plain.items(), views.indicators, strict=True)
             return {encoder: self.attention(x, indicator) for (encoder, x), indicator in pairs}
@@ -225,6 +228,7 @@ class Pcrl(Method[Views, Losses]):
             assert isinstance(self.student, UNet3d)
             decoded = self.student.decoder.decode(bottleneck, skips)
         else:
+            assert not isinstance(self.student, EncoderAlone)
             decoded = self.student.decoder(skips._replace(bottleneck=bottleneck))
         out: Tensor = self.student.out(decoded).float()
         return torch.sigmoid(out) if isinstance(self.student, UNet3d) else out
@@ -237,6 +241,14 @@ class Pcrl(Method[Views, Losses]):
             if "hybrid" in self.spec.push:
                 embeddings["hybrid"] = self.projector(seen["h"])
         return embeddings
+
+    def _rotation(self, views: Views) -> Tensor:
+        """RotNet's task on the ordinary view (table 2), one turn a sample, not all four of each."""
+        codes = F.one_hot(views.turns, NUM_TURNS)
+        unflipped = codes.new_zeros(len(codes), self.recipe.network.dims)
+        turned = augment.apply_indicators(views.input_o, torch.cat([unflipped, codes], dim=1))
+        logits = self.rotation_head(pooled(self.student.encoder(turned).bottleneck))
+        return F.cross_entropy(logits.float(), views.turns)
 
     def _mixup_pass(self, views: Views, key: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The official code's second pass: the batch mixed with itself, without TransAtt.
@@ -251,7 +263,7 @@ class Pcrl(Method[Views, Losses]):
             return _mix(x, x[views.partner], views.mixup)
 
         features_o: AnyFeatures = self.student.encoder(mixed(views.input_o))
-        features_m = self._encode_momentum(mixed(views.input_m))
+        features_m = encode_in_groups(self.momentum_encoder, mixed(views.input_m), self.recipe)
         bottlenecks = _with_hybrid(features_o.bottleneck, features_m.bottleneck, views.mix)
         targets = _with_hybrid(mixed(views.clean_o), mixed(views.clean_m), views.mix)
         skips = self._skips(features_o, features_m, views.mix)
@@ -262,48 +274,9 @@ class Pcrl(Method[Views, Losses]):
             embeddings["mixed_key"] = F.normalize(mixed(key), dim=1)
         return reconstruction, embeddings
 
-    def _contrast(self, embeddings: dict[str, Tensor], scan: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of the recipe's contrastive terms, and Z after this step."""
-        method = self.spec
-        temperature = method.temperature
-        ignored = self.queue.is_of(scan) if method.mask_same_scan else None
-        negatives, normaliser = self.queue.vectors, self.normaliser
-        if method.contrast_loss == "nce":
-            normaliser = self._next_normaliser(embeddings)
-        terms, own = [], []
-        for term in method.contrasts:
-            query, key = (embeddings[name] for name in CONTRASTED[term])
-            if method.contrast_loss == "nce":
-                loss = binary_nce_loss(
-                    query, key, negatives, temperature, normaliser, ignored=ignored
-                )
-            else:
-                loss = nce_loss(query, key, negatives, temperature, ignored=ignored)
-            terms.append(loss)
-            if method.push_when == "each_term" and CONTRASTED[term][1] in method.push:
-                own.append(distributed.concatenate(key))
-                negatives = self.queue.with_pushed(torch.cat(own))
-        return torch.stack(terms).mean(), normaliser
-
-    def _next_normaliser(self, embeddings: dict[str, Tensor]) -> Tensor:
-        """Z moved towards this batch's estimate, which it starts from (bug B1)."""
-        method = self.spec
-        query, key = (embeddings[name] for name in CONTRASTED[method.contrasts[0]])
-        estimate = distributed.mean(
-            mean_candidate(query, key, self.queue.vectors, method.temperature)
-        )
-        moved = torch.lerp(estimate, self.normaliser, method.normaliser_momentum)
-        return torch.where(self.normaliser > 0, moved, estimate)
-
 
 def _is_fused(recipe: AnyPretrain) -> bool:
     return isinstance(recipe, PretrainRecipe) and recipe.fused
-
-
-def _gathered(pushed: Tensor, num_kinds: int) -> Tensor:
-    """What all ranks push, (kinds * B, ...), kind after kind as one process has it."""
-    by_kind = pushed.reshape(num_kinds, -1, *pushed.shape[1:])
-    return distributed.concatenate(by_kind, dim=1).flatten(0, 1)
 
 
 def _with_hybrid(ordinary: Tensor, momentum: Tensor, lam: Tensor) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ class Views:
         indicators: vec(T) of the ordinary, momentum and hybrid encoder, (3, B, 7); the hybrid's is
             there only if it has a T of its own.
         mix: lambda of CrossMix, scalar, one for features and target.
+        turns: Quarter turns of RotNet's task, int64 (B,).
         mixup: lambda with which the batch is mixed with itself, scalar.
         partner: Sample of the same rank that each is mixed with, (B,).
     """
@@ -51,6 +52,7 @@ class Views:
     mix: Tensor
     mixup: Tensor
     partner: Tensor
+    turns: Tensor
 
 
 def make_views(
@@ -77,6 +79,8 @@ def make_views(
     indicators = torch.stack(
         [augment.draw_indicators(batch, codes, dims=dims) for _ in range(count)]
     )
+    indicators = kept(indicators, method.transformation, dims)
+    turns = torch.randint(4, (batch,), generator=generator(seed, step, "turns"))
     partner = torch.randperm(len(rows), generator=generator(seed, step, "partner"))
     # Filled on the device, as a copy from the host would wait for it.
     mix, mixup = (
@@ -93,7 +97,19 @@ def make_views(
         mix=mix,
         mixup=mixup,
         partner=to_device(partner, device),
+        turns=to_device(turns[rows], device),
     )
+
+
+def kept(indicators: Tensor, transformation: str, dims: int) -> Tensor:
+    """Indicator vectors (..., D + 4) of what the recipe lets T consist of; the rest is undone."""
+    if transformation == "flips_and_turns":
+        return indicators
+    unturned = torch.zeros_like(indicators)
+    unturned[..., dims] = 1.0
+    if transformation == "flips":
+        unturned[..., :dims] = indicators[..., :dims]
+    return unturned
 
 
 def draw_mix(method: Pcrl, random: torch.Generator) -> float:
