@@ -56,7 +56,7 @@ can_infer() {
 import importlib.util
 import sys
 
-need = ("monai", "onnx", "onnxscript", "nibabel", "safetensors", "onnxruntime")
+need = ("monai", "onnx", "nibabel", "safetensors", "onnxruntime")
 absent = [name for name in need if importlib.util.find_spec(name) is None]
 if not absent:
     import onnxruntime

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -212,39 +211,39 @@ def to_onnx(network: nn.Module, path: Path, manifest: Manifest, facts: dict[str,
     """
     num_axes = len(manifest.patch_size)
     stride = STRIDES[num_axes]
-    # Batch 2: the exporter may freeze a dimension of size 1.
+    # Batch 2: a tracer may take a dimension of size 1 for a constant.
     extents = (4 * stride, 3 * stride, 2 * stride)[:num_axes]
     example = torch.zeros(2, len(manifest.channels), *extents)
-    dims = {0: torch.export.Dim("batch")}
-    dims |= {
-        axis: torch.export.Dim(name) * stride for axis, name in enumerate(AXES[num_axes], start=2)
+    free = {
+        tensor.name: {
+            axis: f"axis{axis}" for axis, size in enumerate(tensor.shape) if isinstance(size, str)
+        }
+        for tensor in (*manifest.inputs, *manifest.outputs)
     }
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations are not ours to fix
-        program = torch.onnx.export(
+        warnings.simplefilter("ignore")  # that it is the older exporter: ADR 0013
+        torch.onnx.export(
             network,
             (example,),
-            dynamo=True,
+            path,
+            dynamo=False,
             opset_version=OPSET,
-            input_names=["image"],
-            output_names=[output.name for output in manifest.outputs],
-            dynamic_shapes=(dims,),
-            external_data=False,
-            verbose=False,
+            input_names=[tensor.name for tensor in manifest.inputs],
+            output_names=[tensor.name for tensor in manifest.outputs],
+            dynamic_axes=free,
         )
-        assert program is not None
-        model: onnx.ModelProto = program.model_proto
-    # The exporter writes stack traces with absolute paths and source lines into the file.
-    del model.metadata_props[:]
+    model = onnx.load(path)
+    for value, tensor in zip(
+        (*model.graph.input, *model.graph.output),
+        (*manifest.inputs, *manifest.outputs),
+        strict=True,
+    ):
+        for dim, size in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
+            if isinstance(size, str):
+                dim.dim_param = size
+    del model.graph.value_info[:]  # inferred with the tracer's names; the checker infers anew
     for node in model.graph.node:
-        del node.metadata_props[:]
         node.doc_string = ""
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        del value.metadata_props[:]
-    for initializer in model.graph.initializer:
-        del initializer.metadata_props[:]
-    del model.graph.metadata_props[:]
     onnx.helper.set_model_props(model, facts)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

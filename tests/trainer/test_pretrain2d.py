@@ -37,6 +37,7 @@ from trainer.data import augment, images2d
 from trainer.data.images2d import ResidentImages
 from trainer.data.scans import discover
 from trainer.errors import DataError, Preempted
+from trainer.methods import pairs as drawing
 from trainer.methods import views as batches
 from trainer.methods.pcrl import Pcrl
 from trainer.methods.views import Views
@@ -153,13 +154,13 @@ def test_an_unmixed_hybrid_is_the_encoder_that_it_is(lam: float, same: str) -> N
 def test_the_target_does_not_see_the_corruption(monkeypatch: pytest.MonkeyPatch) -> None:
     pcrl, images = world()
     views = views_of(pcrl, images)
-    real = batches.generator
+    real = drawing.generator
 
     def other(seed: int, step: int, purpose: str, device: torch.device = CPU) -> torch.Generator:
         moved = 99 if purpose in ("painting", "noise") else step
         return real(seed, moved, purpose, device)
 
-    monkeypatch.setattr(batches, "generator", other)
+    monkeypatch.setattr(drawing, "generator", other)
     again = views_of(pcrl, images)
 
     assert torch.equal(again.clean_o, views.clean_o) and torch.equal(again.clean_m, views.clean_m)
