@@ -15,6 +15,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from models.recipe.c2l import C2l
 from models.recipe.cpc3d import Cpc3d
 from models.recipe.finetune import (
     ClassifyRecipe,
@@ -64,6 +65,7 @@ __all__ = [
     "AnyMethod",
     "AnyPretrain",
     "AnyRecipe",
+    "C2l",
     "ClassifyRecipe",
     "ClassifyRecipe2d",
     "Connectivity",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from models.recipe.c2l import C2l
 from models.recipe.cpc3d import Cpc3d
 from models.recipe.mae import Mae
 from models.recipe.method import MethodRecipe, Sections
@@ -18,6 +19,7 @@ from models.recipe.semantic_genesis import SemanticGenesis
 
 METHODS: Mapping[str, type[MethodRecipe]] = {
     "pcrl": Pcrl,
+    "c2l": C2l,
     "rotnet": RotNet,
     "cpc3d": Cpc3d,
     "mae": Mae,
@@ -47,6 +49,7 @@ def defaults_of(given: object) -> Sections:
 
 AnyMethod = Annotated[
     Annotated[Pcrl, Tag("pcrl")]
+    | Annotated[C2l, Tag("c2l")]
     | Annotated[RotNet, Tag("rotnet")]
     | Annotated[Cpc3d, Tag("cpc3d")]
     | Annotated[Mae, Tag("mae")]

@@ -61,6 +61,12 @@ TINY: dict[str, dict[str, Any]] = {
         "crops": {"crop_sizes": [[24, 24, 16], [20, 20, 16]], "border": [0, 0, 0]},
         "learning_rate": 0.005,
     },
+    "c2l": {
+        "method": {"name": "c2l", "embedding_size": 8, "queue_size": 72},
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "num_steps": 30,
+    },
     "contra_loss": {
         "method": {"preset": "contra_loss", "embedding_size": 8, "queue_size": 40},
         "batch_size": 8,

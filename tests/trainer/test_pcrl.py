@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 
 from trainer.methods.contrast import encode_in_groups
+from trainer.methods.mixing import draw_mix
 from trainer.methods.pcrl import Pcrl
-from trainer.methods.views import Views, draw_mix
+from trainer.methods.views import Views
 from trainer.randomness import generator
 
 PRESETS = ("paper", "official", "recommended")

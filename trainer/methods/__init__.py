@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.recipe import AnyPretrain
+from trainer.methods.c2l import C2l
 from trainer.methods.cpc3d import Cpc3d
 from trainer.methods.mae import Mae
 from trainer.methods.method import Method
@@ -15,6 +16,7 @@ from trainer.methods.semantic_genesis import SemanticGenesis
 
 METHODS: Mapping[str, type[Method[Any, Any]]] = {
     "pcrl": Pcrl,
+    "c2l": C2l,
     "rotnet": RotNet,
     "cpc3d": Cpc3d,
     "mae": Mae,

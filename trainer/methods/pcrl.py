@@ -40,6 +40,7 @@ from trainer.data.sampling import PairSampler
 from trainer.methods import views as batches
 from trainer.methods.contrast import contrast_terms, encode_in_groups, gathered
 from trainer.methods.method import Method
+from trainer.methods.mixing import mix
 from trainer.methods.queue import Queue
 from trainer.methods.rotnet import NUM_TURNS
 from trainer.methods.views import Views
@@ -198,14 +199,14 @@ class Pcrl(Method[Views, Losses]):
             return {"o": features_o, "m": features_m, "h": features_o}  # the decoder reads none
         if not _is_fused(self.recipe):
             pairs = zip(features_o, features_m, strict=True)
-            mixed = type(features_o)._make(_mix(o, m, lam) for o, m in pairs)
+            mixed = type(features_o)._make(mix(o, m, lam) for o, m in pairs)
             return {"o": features_o, "m": features_m, "h": mixed}
         assert isinstance(self.student, UNet3d)
         assert isinstance(features_o, Features) and isinstance(features_m, Features)
         response_o = self.student.decoder.skip_responses(features_o)
         response_m = self.student.decoder.skip_responses(features_m)
         responses = zip(response_o, response_m, strict=True)
-        response_h = SkipResponses(*(_mix(o, m, lam) for o, m in responses))
+        response_h = SkipResponses(*(mix(o, m, lam) for o, m in responses))
         return {"o": response_o, "m": response_m, "h": response_h}
 
     def _reconstruct(
@@ -260,7 +261,7 @@ class Pcrl(Method[Views, Losses]):
         """
 
         def mixed(x: Tensor) -> Tensor:
-            return _mix(x, x[views.partner], views.mixup)
+            return mix(x, x[views.partner], views.mixup)
 
         features_o: AnyFeatures = self.student.encoder(mixed(views.input_o))
         features_m = encode_in_groups(self.momentum_encoder, mixed(views.input_m), self.recipe)
@@ -281,8 +282,4 @@ def _is_fused(recipe: AnyPretrain) -> bool:
 
 def _with_hybrid(ordinary: Tensor, momentum: Tensor, lam: Tensor) -> dict[str, Tensor]:
     """CrossMix (Eq. 5 and 6): both, and their mix."""
-    return {"o": ordinary, "m": momentum, "h": _mix(ordinary, momentum, lam)}
-
-
-def _mix(ordinary: Tensor, momentum: Tensor, lam: Tensor) -> Tensor:
-    return lam * ordinary + (1.0 - lam) * momentum
+    return {"o": ordinary, "m": momentum, "h": mix(ordinary, momentum, lam)}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
 from trainer.data.to_device import to_device
+from trainer.methods.mixing import draw_mix
 from trainer.methods.pairs import make_pairs
 from trainer.randomness import generator
 
@@ -110,10 +110,3 @@ def kept(indicators: Tensor, transformation: str, dims: int) -> Tensor:
     if transformation == "flips":
         unturned[..., :dims] = indicators[..., :dims]
     return unturned
-
-
-def draw_mix(method: Pcrl, random: torch.Generator) -> float:
-    """Lambda of a step, from Beta(alpha, alpha), folded if the recipe says so."""
-    seed = int(torch.randint(2**62, (1,), generator=random))
-    drawn = float(np.random.default_rng(seed).beta(method.mix_alpha, method.mix_alpha))
-    return max(drawn, 1.0 - drawn) if method.mix_fold else drawn
