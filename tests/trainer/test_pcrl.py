@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 
+from models.networks.unet3d import UNet3d
+from models.recipe import PretrainRecipe
 from trainer.methods.contrast import encode_in_groups
 from trainer.methods.mixing import draw_mix
 from trainer.methods.pcrl import Pcrl
@@ -279,3 +281,21 @@ def test_a_step_is_one_graph_for_the_compiler(build, preset: str) -> None:
     compiled = torch.compile(method.losses, backend="eager", fullgraph=True)(views)
 
     torch.testing.assert_close(compiled.total, method.losses(views).total)
+
+
+@pytest.mark.parametrize(("intensity", "is_bounded"), [({}, True), ({"kind": "zscore"}, False)])
+def test_z_scores_are_reconstructed_beyond_one(
+    pretrain_recipe: PretrainRecipe, intensity, is_bounded: bool
+) -> None:
+    """MR has no window: a sigmoid could make none of its intensities above 1 or below 0."""
+    fields = pretrain_recipe.model_dump()
+    fields["preprocessing"]["intensity"] = intensity or {"kind": "window"}
+    method = Pcrl(PretrainRecipe.model_validate(fields)).eval()
+    assert isinstance(method.student, UNet3d)
+
+    with torch.no_grad():
+        method.student.out.bias.fill_(3.0)
+        features = method.student.encoder(torch.rand(2, 1, 16, 16, 16))
+        out = method._decode(features.bottleneck, features)
+
+    assert bool(out.max() <= 1.0) == is_bounded

@@ -37,6 +37,7 @@ from trainer.data import augment
 from trainer.data.images2d import ResidentImages
 from trainer.data.resident import Resident
 from trainer.data.sampling import PairSampler
+from trainer.methods import intensities
 from trainer.methods import views as batches
 from trainer.methods.contrast import contrast_terms, encode_in_groups, gathered
 from trainer.methods.method import Method
@@ -224,15 +225,17 @@ class Pcrl(Method[Views, Losses]):
         }
 
     def _decode(self, bottleneck: Tensor, skips: AnyFeatures | SkipResponses) -> Tensor:
-        """The reconstruction, float32 (B, 1, I, J, K) in [0, 1]; in 2D (B, 3, I, J), any value."""
+        """The reconstruction, float32 (B, 1, I, J, K), or (B, 3, I, J) in 2D.
+
+        Through a sigmoid where intensities are bounded by a window; z-scores and images are not.
+        """
         if isinstance(skips, SkipResponses):
             assert isinstance(self.student, UNet3d)
             decoded = self.student.decoder.decode(bottleneck, skips)
         else:
             assert not isinstance(self.student, EncoderAlone)
             decoded = self.student.decoder(skips._replace(bottleneck=bottleneck))
-        out: Tensor = self.student.out(decoded).float()
-        return torch.sigmoid(out) if isinstance(self.student, UNet3d) else out
+        return intensities.restore(self.student.out(decoded), self.recipe)
 
     def _embed(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
         """Query, key and, if it is pushed, the hybrid's embedding, (B, E) each (Eq. 7)."""
