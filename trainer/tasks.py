@@ -33,6 +33,7 @@ from models.experiment.cases import FILE as CASES
 from service import celery_app, datasets, experiments, faults, runs, volumes
 from service.db import RunKind, RunState
 from service.lease import Keeper
+from service.patience import AWAY
 from service.runs import Lease, NewArtifact, NewVersion
 from service.worker import Worker, this_worker, work_through
 from trainer import errors, launch
@@ -250,8 +251,12 @@ def _plan(worker: Worker, lease: Lease) -> None:
 
     This worker goes on with it; the doorbells are for others.
     """
-    with worker.sessions() as session:
-        made = experiments.advance_after(session, lease.run_id)
+    try:
+        with worker.sessions() as session:
+            made = experiments.advance_after(session, lease.run_id)
+    except AWAY as error:
+        logger.warning("upkeep plans after %s: %s", lease.run_id, type(error).__name__)
+        return
     for run in made[1:]:
         celery_app.ring(run.id, run.queue, settings=worker.settings)
 

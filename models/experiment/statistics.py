@@ -21,6 +21,8 @@ from models.experiment.cases import CaseTable, Floats, mean_of_known, require_sa
 NUM_RESAMPLES = 4000
 NUM_PERMUTATIONS = 1000
 CONFIDENCE = 0.95
+BLOCK_VALUES = 2_000_000
+"""Weights that are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,7 @@ def interval(runs: Sequence[CaseTable], *, random: int = 0) -> Interval:
         random: Seed of the resampling: the same gives the same interval.
     """
     require_same_cases(runs)
-    weights = _resampled(runs[0], random)
-    drawn = np.stack([run.value(weights) for run in runs])  # (S, R)
+    drawn = _resampled(runs, random)  # (S, R)
     found = np.array([run.value()[0] for run in runs])
     low, high = _quantiles(drawn.mean(axis=0) + _seed_noise(found, random))
     return Interval(float(found.mean()), max(low, 0.0), min(high, 1.0))
@@ -80,9 +81,8 @@ def difference(
 ) -> Interval:
     """`interval` of how much better `runs` are than `others`, paired by seed and by patient."""
     require_same_cases([*runs, *others])
-    weights = _resampled(runs[0], random)
-    pairs = list(zip(runs, others, strict=True))
-    drawn = np.stack([run.value(weights) - other.value(weights) for run, other in pairs])
+    both = _resampled([*runs, *others], random)
+    drawn = both[: len(runs)] - both[len(runs) :]  # (S, R)
     found = _by_seed(runs, others)
     low, high = _quantiles(drawn.mean(axis=0) + _seed_noise(found, random))
     return Interval(float(found.mean()), low, high)
@@ -143,14 +143,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _resampled(table: CaseTable, random: int) -> Floats:
-    """How often each case counts when patients are drawn with replacement, (R, N)."""
-    patients, place = table.patients
+def _resampled(runs: Sequence[CaseTable], random: int) -> Floats:
+    """Each run's value where patients are drawn with replacement, the same for all, (runs, R).
+
+    Some resamples at a time, so that memory does not grow with the number of cases.
+    """
+    patients, place = runs[0].patients
     number = len(patients)
-    share = np.full(number, 1.0 / number)
-    counts = np.random.default_rng(random).multinomial(number, share, NUM_RESAMPLES)
-    weights: Floats = counts[:, place].astype(np.float64)
-    return weights
+    drawn, share = np.random.default_rng(random), np.full(number, 1.0 / number)
+    at_once = max(1, BLOCK_VALUES // len(place))
+    values = []
+    for first in range(0, NUM_RESAMPLES, at_once):
+        counts = drawn.multinomial(number, share, min(at_once, NUM_RESAMPLES - first))
+        weights = counts[:, place].astype(np.float64)  # how often each case counts
+        values.append(np.stack([run.value(weights) for run in runs]))
+    return np.concatenate(values, axis=1)
 
 
 def _seed_noise(found: Floats, random: int) -> Floats:

@@ -213,3 +213,12 @@ def test_holm_is_the_step_down_procedure():
 def test_runs_judged_on_different_cases_are_not_compared():
     with pytest.raises(ValueError, match="different cases"):
         difference([dice([0.5, 0.6])], [dice([0.5, 0.6, 0.7])])
+
+
+def test_resamples_taken_in_blocks_are_the_same(monkeypatch):
+    run = dice(np.random.default_rng(12).uniform(0.4, 0.9, 15))
+    whole = interval([run])
+
+    monkeypatch.setattr(statistics, "BLOCK_VALUES", 15 * 7)
+
+    assert interval([run]) == whole

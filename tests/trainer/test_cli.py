@@ -85,6 +85,22 @@ def test_a_bad_recipe_names_its_field(tmp_path: Path, scan_folder: Path) -> None
     assert events[-1]["code"] == "bad_recipe" and "crops.min_iou" in events[-1]["detail"]
 
 
+def test_a_bad_plan_of_an_experiment_names_its_field(tmp_path: Path, scan_folder: Path) -> None:
+    method = {"name": "scratch"}
+    for fields, where in (({"ratios": [2]}, "ratios.0"), ({"seed": 1}, "seed")):
+        plan = {"methods": [method], "finetune": {"kind": "finetune", "labels": {"a": 1}}, **fields}
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+
+        status, events, _ = trainer(
+            "experiment", tmp_path / "plan.json", "--source", scan_folder, "--target", scan_folder,
+            "--out", tmp_path / "out",
+        )  # fmt: skip
+
+        assert status == errors.BAD_INPUT
+        (error,) = events
+        assert error["code"] == "bad_recipe" and error["detail"].startswith(f"{where}: ")
+
+
 def test_no_scans_is_bad_data(tmp_path: Path, pretrain_recipe: PretrainRecipe) -> None:
     (tmp_path / "pre.json").write_text(pretrain_recipe.model_dump_json())
     (tmp_path / "empty").mkdir()
