@@ -1,6 +1,6 @@
 """T-L5: milliseconds of a claim, a sweep and a place in the queue, behind 100,000 waiting runs.
 
-The rows are of 50 callers, three priorities and two kinds; as many have ended before. A claim is
+The rows are of 50 projects, three priorities and two kinds; as many have ended before. A claim is
 followed by the end of the run, so that every one finds another queue. SQLite lies in a temporary
 folder; PostgreSQL is asked with `--postgres URL`, in a database of its own that is dropped again.
 
@@ -30,7 +30,7 @@ from service.db import Run, RunState
 
 T = TypeVar("T")
 QUEUE = "inference"
-NUM_CALLERS = 50
+NUM_PROJECTS = 50
 GOALS = {"claim_p99_ms": 20.0, "due_slowest_ms": 200.0}
 
 
@@ -108,6 +108,9 @@ def _timed(step: Callable[[], T]) -> tuple[float, T]:
 def _fill(engine: Engine, num_waiting: int) -> None:
     now = datetime.now(UTC)
     with db.sessions(engine)() as session:
+        for number in range(NUM_PROJECTS):
+            session.add(db.Project(id=f"prj_{number}", name=f"project-{number}"))
+        session.flush()
         for start in range(0, num_waiting, 5000):
             numbers = range(start, min(start + 5000, num_waiting))
             for state in (RunState.QUEUED, RunState.SUCCEEDED):
@@ -131,7 +134,8 @@ def _row(number: int, state: RunState, now: datetime) -> dict[str, object]:
         "attempt": int(has_ended),
         "fence": int(has_ended),
         "publish_after": None if has_ended else now - timedelta(seconds=1),
-        "created_by": f"tok_{number % NUM_CALLERS}",
+        "project_id": f"prj_{number % NUM_PROJECTS}",
+        "created_by": "bench",
         "created_at": now - timedelta(days=1, seconds=-number / 10),
         "started_at": ended_at,
         "finished_at": ended_at,

@@ -27,6 +27,7 @@ from service.routers import (
     experiments,
     health,
     models,
+    projects,
     releases,
     runs,
     segmentations,
@@ -46,6 +47,7 @@ DESCRIPTION = (
 ROUTERS = (
     health.open_router,
     health.router,
+    projects.router,
     volumes.router,
     uploads.router,
     datasets.router,
@@ -75,6 +77,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.settings = settings
         app.state.store = Store(settings.data_dir, min_free_bytes=settings.min_free_bytes)
         app.state.sessions = db.sessions(engine)
+        app.state.of_project = {}  # deps.Sessions
         app.state.http_metrics = HttpMetrics()
         app.state.metrics = CollectorRegistry()
         app.state.metrics.register(

@@ -1,8 +1,9 @@
 """Who calls: opaque bearer tokens, roles, and pseudonyms for patients.
 
-A token is `pcrl_<id>_<secret>`. Only the SHA-256 of the whole token is stored, so a stolen
-database gives nobody access, and a token can be revoked (reliability.md, S3). Roles are ordered:
-viewer < annotator < researcher < admin; each may do what the lower ones may.
+A token is `pcrl_<id>_<secret>`, of one project or, for admins, of all; each request acts in one.
+Only the SHA-256 of the whole token is stored, so a stolen database gives nobody access, and a token
+can be revoked (reliability.md, S3). Roles are ordered: viewer < annotator < researcher < admin;
+each may do what the lower ones may.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from imaging.identity import Pseudonyms
-from service.db import Token, db_now
+from service import projects
+from service.db import DEFAULT_PROJECT, Token, db_now
 from service.errors import ServiceError
 from service.settings import Settings
 from service.storage import fsync
@@ -54,6 +56,10 @@ class Principal:
     id: str
     name: str
     role: Role
+    project_id: str
+    """The one project that the request acts in."""
+    all_projects: bool = False
+    """Whether the token is of all projects: such an admin also manages them."""
 
 
 TOKEN_FORM = re.compile(r"pcrl_([0-9a-f]{12})_([A-Za-z0-9-]{32,})")
@@ -63,19 +69,11 @@ bearer = HTTPBearer(auto_error=False, description="`pcrl token create NAME --rol
 def principal(role: Role) -> Callable[..., Principal]:
     """A FastAPI dependency: the caller, who has at least this role.
 
-    It uses a session of its own (`app.state.sessions`, a `sessionmaker`), so no transaction is
-    open while the request's body streams.
-
     Raises:
-        ServiceError: 401 `not_authenticated`, 403 `forbidden`.
+        ServiceError: 401 `not_authenticated`, 403 `forbidden`, 404 `not_found` (the project).
     """
 
-    def require(
-        request: Request,
-        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
-    ) -> Principal:
-        with request.app.state.sessions() as session:
-            caller = authenticate(session, credentials.credentials if credentials else None)
+    def require(caller: Annotated[Principal, Depends(identify)]) -> Principal:
         if not caller.role.covers(role):
             raise ServiceError(
                 403, "forbidden", f"the token's role is {caller.role}; {role} is needed"
@@ -85,11 +83,41 @@ def principal(role: Role) -> Callable[..., Principal]:
     return require
 
 
-def authenticate(session: Session, token: str | None) -> Principal:
-    """The owner of a token that is neither expired nor revoked.
+def identify(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    project: Annotated[
+        str | None,
+        Header(
+            alias="PCRL-Project",
+            description="Id or name of the project that the request acts in, for tokens of all "
+            "projects; `default` unless told.",
+        ),
+    ] = None,
+) -> Principal:
+    """A FastAPI dependency: the caller, and the project that the request acts in.
+
+    It uses a session of its own (`app.state.sessions`, a `sessionmaker`), so no transaction is
+    open while the request's body streams.
 
     Raises:
-        ServiceError: 401 `not_authenticated`, the same whatever is wrong with the token.
+        ServiceError: 401 `not_authenticated`, 404 `not_found` (the project).
+    """
+    with request.app.state.sessions() as session:
+        return authenticate(session, credentials.credentials if credentials else None, project)
+
+
+def authenticate(session: Session, token: str | None, project: str | None = None) -> Principal:
+    """The owner of a token that is neither expired nor revoked.
+
+    Args:
+        session: A session of all projects.
+        token: As it was sent.
+        project: Id or name of the project to act in; None is the token's, or the default one.
+
+    Raises:
+        ServiceError: 401 `not_authenticated`, the same whatever is wrong with the token; 404
+            `not_found`, the same for a project that is not there and one that is not the token's.
     """
     if token is not None and TOKEN_FORM.fullmatch(token):
         found = session.scalars(
@@ -100,7 +128,13 @@ def authenticate(session: Session, token: str | None) -> Principal:
             )
         ).one_or_none()
         if found is not None:
-            return Principal(found.id, found.name, Role(found.role))
+            role = Role(found.role)
+            of_all = found.project_id is None and role is Role.ADMIN
+            own = found.project_id or DEFAULT_PROJECT
+            acts_in = own if project is None else projects.find(session, project).id
+            if acts_in != own and not of_all:
+                raise projects.unknown()
+            return Principal(found.id, found.name, role, acts_in, of_all)
     raise ServiceError(
         401,
         "not_authenticated",
@@ -110,16 +144,37 @@ def authenticate(session: Session, token: str | None) -> Principal:
 
 
 def create_token(
-    session: Session, name: str, role: Role, expires_at: datetime | None = None
+    session: Session,
+    name: str,
+    role: Role,
+    expires_at: datetime | None = None,
+    *,
+    project_id: str | None = None,
 ) -> tuple[Token, str]:
     """Make a token; the caller commits.
+
+    Args:
+        session: Database session.
+        name: Whom or what it is for.
+        role: What it may do.
+        expires_at: When it ends, if it does.
+        project_id: Its project; None is all of them for an admin, else the default one.
 
     Returns:
         Its row, and the token itself, which cannot be read again.
     """
     token_id = secrets.token_hex(6)
     secret = secrets.token_urlsafe(32).replace("_", "-")
-    return _store(session, f"pcrl_{token_id}_{secret}", name, role, expires_at)
+    if project_id is None and role is not Role.ADMIN:
+        project_id = DEFAULT_PROJECT
+    return _store(
+        session,
+        f"pcrl_{token_id}_{secret}",
+        name,
+        role,
+        expires_at=expires_at,
+        project_id=project_id,
+    )
 
 
 def revoke_token(session: Session, token_id: str) -> None:
@@ -160,7 +215,7 @@ def ensure_admin_token(session: Session, settings: Settings) -> str | None:
                 f"{settings.admin_token_file} must hold pcrl_<12 hex digits>_<32 or more "
                 "letters, digits or hyphens>"
             )
-        _store(session, token, "first admin", Role.ADMIN, None)
+        _store(session, token, "first admin", Role.ADMIN)
         session.commit()
         return None
     _, token = create_token(session, "first admin", Role.ADMIN)
@@ -203,10 +258,23 @@ def site_pseudonyms(data_dir: Path) -> Pseudonyms:
 
 
 def _store(
-    session: Session, token: str, name: str, role: Role, expires_at: datetime | None
+    session: Session,
+    token: str,
+    name: str,
+    role: Role,
+    *,
+    expires_at: datetime | None = None,
+    project_id: str | None = None,
 ) -> tuple[Token, str]:
     token_id = f"tok_{token.split('_')[1]}"
-    row = Token(id=token_id, name=name, role=role, digest=_digest(token), expires_at=expires_at)
+    row = Token(
+        id=token_id,
+        name=name,
+        role=role,
+        project_id=project_id,
+        digest=_digest(token),
+        expires_at=expires_at,
+    )
     session.add(row)
     session.flush()
     return row, token

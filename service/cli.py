@@ -18,7 +18,15 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service import cli_client, cli_datasets, cli_experiments, cli_models, logs, migrate
+from service import (
+    cli_client,
+    cli_datasets,
+    cli_experiments,
+    cli_models,
+    cli_projects,
+    logs,
+    migrate,
+)
 from service.process import stop_with_parent
 from service.settings import Settings, get_settings
 
@@ -33,6 +41,7 @@ cli_client.add_commands(app)
 cli_experiments.add_group(app)
 cli_models.add_groups(app)
 app.add_typer(cli_datasets.dataset_app, name="dataset")
+cli_projects.add_group(app)
 console = Console()
 
 
@@ -185,14 +194,26 @@ def token(
         Literal["viewer", "annotator", "researcher", "admin"], typer.Option(help="What it may do.")
     ] = "researcher",
     days: Annotated[int | None, typer.Option(help="Valid for so many days; else for ever.")] = None,
+    project: Annotated[
+        str | None,
+        typer.Option(
+            help="Id or name; else all projects for an admin, the default one for others."
+        ),
+    ] = None,
 ) -> None:
     """Make an API token in this installation's database and print it, once."""
+    from service import projects
     from service.auth import Role, create_token
     from service.db import connect, sessions
+    from service.errors import ServiceError
 
     expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
     with sessions(connect(get_settings().database_url))() as session:
-        _, secret = create_token(session, name, Role(role), expires)
+        try:
+            project_id = None if project is None else projects.find(session, project).id
+        except ServiceError as error:
+            sys.exit(error.detail)
+        _, secret = create_token(session, name, Role(role), expires, project_id=project_id)
         session.commit()
     print(secret)
 

@@ -328,7 +328,7 @@ def talk(url: str, token: str) -> Iterator[Client]:
     if not token:
         fail("no token: set PCRL_TOKEN or give --token (`pcrl token NAME` makes one)")
     try:
-        with Client(url, token) as client:
+        with Client(url, token, project=os.environ.get("PCRL_PROJECT")) as client:
             yield client
     except ApiError as error:
         fail(f"{error.code}: {error.detail}")

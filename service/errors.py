@@ -55,7 +55,8 @@ _REQUEST = {
     "digest_mismatch": Kind(422, "The bytes do not have the digest that was announced"),
     "idempotency_mismatch": Kind(422, "The idempotency key was used for another request"),
     "idempotency_in_flight": Kind(409, "The first request with this key is still being answered"),
-    "quota_exceeded": Kind(429, "The caller has as much as it may have"),
+    "quota_exceeded": Kind(429, "The project has as much as it may have"),
+    "name_taken": Kind(409, "Another project has this name"),
     "request_failed": Kind(400, "The request could not be served"),
 }
 _SCANS = {

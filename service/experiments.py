@@ -36,6 +36,7 @@ from service.db import (
     db_now,
     new_id,
     page,
+    within,
 )
 from service.errors import ServiceError
 from service.storage import Store
@@ -189,6 +190,11 @@ def advance(session: Session, experiment_id: str) -> list[Run]:
     ).one_or_none()
     if experiment is None:
         return []
+    with within(session, experiment.project_id):  # a worker's and upkeep's session is of all
+        return _advanced(session, experiment)
+
+
+def _advanced(session: Session, experiment: Experiment) -> list[Run]:
     plan = plan_of(experiment)
     found = {one.cell.key: one for one in standings(session, experiment)}
     made = []

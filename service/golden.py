@@ -52,10 +52,15 @@ def get(session: Session, name: str, case: str) -> GoldenCase:
     Raises:
         ServiceError: 404 `not_found`.
     """
-    found = session.get(GoldenCase, (name, case))
+    found = _find(session, name, case)
     if found is None:
         raise ServiceError(404, "not_found", "the model has no such golden case")
     return found
+
+
+def _find(session: Session, name: str, case: str) -> GoldenCase | None:
+    named = select(GoldenCase).where(GoldenCase.model_name == name, GoldenCase.name == case)
+    return session.scalars(named).one_or_none()
 
 
 def put(
@@ -98,7 +103,7 @@ def put(
     image = volumes.get(session, volume_id, kind="image")
     if labels_id is not None:
         check_labels(image, volumes.get(session, labels_id, kind="labels"))
-    there = session.get(GoldenCase, (name, case))
+    there = _find(session, name, case)
     if there is None and len(cases(session, name)) >= MAX_CASES:
         raise ServiceError(
             409, "too_many_golden_cases", f"a model has at most {MAX_CASES} golden cases"

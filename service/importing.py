@@ -9,7 +9,7 @@ from pathlib import Path
 from models import bundle
 from models.incoming import open_in_child
 from service import registry, runs
-from service.db import RunState
+from service.db import RunState, within
 from service.lease import Keeper
 from service.runs import Lease, NewVersion
 from service.worker import Worker
@@ -32,7 +32,7 @@ def run(worker: Worker, lease: Lease, keeper: Keeper) -> None:
                 runs.finish(session, lease, RunState.CANCELED, outcome="canceled")
             return
         plain = json.loads((folder / bundle.MANIFEST).read_bytes())
-        with worker.sessions() as session:
+        with worker.sessions() as session, within(session, lease.project_id):
             registry.check_name(session, name, manifest.kind)
             session.rollback()
         digest = worker.store.publish_bundle(folder)

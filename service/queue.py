@@ -1,12 +1,12 @@
 """Whose turn it is: which waiting run of a queue a worker takes, and where a run stands.
 
-Order: highest priority; then the caller with the fewest runs that are under way or began lately
-(`WINDOW_S`); then the oldest. So one caller's thousand runs do not starve another's one. The unit
-is the caller's token (`Run.created_by`); where projects come, `unit` is the one place to change.
+Order: highest priority; then the project with the fewest runs that are under way or began lately
+(`WINDOW_S`); then the oldest. So one project's thousand runs do not starve another's one.
 
-A run is taken only by a worker that it fits (`Able`), and only while its caller has fewer than
-`max_running` under way. The choice is one SQL expression. It asks the partial index
-`ix_run_waiting` for each caller's first run (a loose index scan: a step a caller, not a run).
+A run is taken only by a worker that it fits (`Able`), and only while its project has fewer under
+way than it may (`Project.max_running`, else `max_running`). The choice is one SQL expression. It
+asks the partial index `ix_run_waiting` for each project's first run (a loose index scan: a step a
+project, not a run).
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from sqlalchemy import (
     bindparam,
     func,
     literal,
+    or_,
     select,
     tuple_,
 )
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
-from service.db import CLAIMABLE, HELD, Run, RunState, UtcDateTime, db_now
+from service.db import CLAIMABLE, HELD, Project, Run, RunState, UtcDateTime, db_now, everywhere
 
 WINDOW_S = {"inference": 3600.0, "train": 86400.0}
-"""How long a run that began counts against its caller."""
+"""How long a run that began counts against its project."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ ANYTHING = Able()
 
 
 def unit(run: type[Run]) -> InstrumentedAttribute[str]:
-    """Whom a run counts for: the caller today, its project once there are projects."""
-    return run.created_by
+    """Whom a run counts for: its project."""
+    return run.project_id
 
 
 @cache
@@ -64,7 +65,7 @@ def turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSe
     Another worker that claims at the same moment may hold that row: then this finds nothing, and
     the caller falls back on `any_turn`.
     """
-    chosen = _caller(queue, able, max_running)
+    chosen = _project(queue, able, max_running)
     return _first(
         queue,
         able,
@@ -76,14 +77,13 @@ def turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSe
 @cache
 def any_turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSelect[str]:
     """The best run that nobody else is about to claim, whosever it is: priority, then age."""
-    if not max_running:
-        return _first(queue, able)
-    held = aliased(Run)
+    held, limit = aliased(Run), _limit(max_running)
     busy = (
         select(unit(held))
+        .join(Project, Project.id == unit(held))
         .where(held.queue == queue, is_held(held))
-        .group_by(unit(held))
-        .having(func.count() >= max_running)
+        .group_by(unit(held), Project.max_running)
+        .having(and_(limit > 0, func.count() >= limit))
     )
     return _first(queue, able, unit(Run).not_in(busy))
 
@@ -119,24 +119,24 @@ def fits(run: type[Run], able: Able) -> ColumnElement[bool]:
 def position(session: Session, run: Run) -> int | None:
     """How many claims it takes until a waiting run is claimed, if nothing new comes; from 1.
 
-    None for a run that does not wait. It counts every worker as able to do every run.
+    None for a run that does not wait. It counts every worker as able to do every run, and the runs
+    of every project, whosever the session is: the number says how long the queue is and no more.
 
-    Each caller's runs of one priority are taken in turns `share + 1`, `share + 2`, ...: so counts
-    say how many come before, and of each caller at most one run shares this run's turn and has to
+    Each project's runs of one priority are taken in turns `share + 1`, `share + 2`, ...: so counts
+    say how many come before, and of each project at most one run shares this run's turn and has to
     be looked at.
     """
     if run.state not in CLAIMABLE:
         return None
-    mine, created = unit(Run), (run.created_at, run.id)
-    caller = session.scalars(select(mine).where(Run.id == run.id)).one()
+    own, created = run.project_id, (run.created_at, run.id)
     higher, equal, shares = _waiting_counts(session, run)
     made = tuple_(literal(run.created_at, UtcDateTime()), run.id)
     is_before = tuple_(Run.created_at, Run.id) < made
-    older = (is_waiting(Run, run.queue), mine == caller, Run.priority == run.priority, is_before)
-    before_mine = session.scalars(select(func.count()).where(*older)).one()
-    turn = shares[caller] + higher[caller] + before_mine
+    older = (is_waiting(Run, run.queue), unit(Run) == own, Run.priority == run.priority, is_before)
+    before_mine = session.scalars(everywhere(select(func.count()).where(*older))).one()
+    turn = shares[own] + higher[own] + before_mine
     ahead = higher.total() + before_mine
-    for other in equal.keys() - {caller}:
+    for other in equal.keys() - {own}:
         earlier = turn - shares[other] - higher[other]
         ahead += min(max(earlier, 0), equal[other])
         if 0 <= earlier < equal[other]:
@@ -145,7 +145,7 @@ def position(session: Session, run: Run) -> int | None:
 
 
 def _waiting_counts(session: Session, run: Run) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """By caller: waiting runs of a higher priority, of the same, and what counts against them."""
+    """By project: waiting runs of a higher priority, of the same, and what counts against them."""
     waiting = (
         select(unit(Run), Run.priority, func.count())
         .where(is_waiting(Run, run.queue), Run.priority >= run.priority)
@@ -153,21 +153,21 @@ def _waiting_counts(session: Session, run: Run) -> tuple[Counter[str], Counter[s
     )
     higher: Counter[str] = Counter()
     equal: Counter[str] = Counter()
-    for caller, priority, count in session.execute(waiting):
-        (higher if priority > run.priority else equal)[caller] += count
+    for project, priority, count in session.execute(everywhere(waiting)):
+        (higher if priority > run.priority else equal)[project] += count
     shares: Counter[str] = Counter()
     for condition in _counts(Run, run.queue):  # apart: each has an index of its own
         counted = select(unit(Run), func.count()).where(Run.queue == run.queue, condition)
-        shares.update(dict(session.execute(counted.group_by(unit(Run))).all()))
+        shares.update(dict(session.execute(everywhere(counted.group_by(unit(Run)))).all()))
     return higher, equal, shares
 
 
-def _nth(session: Session, run: Run, caller: str, number: int) -> tuple[datetime, str]:
-    """When the caller's waiting run of that number (from 0) and the run's priority was made."""
-    where = (is_waiting(Run, run.queue), unit(Run) == caller, Run.priority == run.priority)
+def _nth(session: Session, run: Run, project: str, number: int) -> tuple[datetime, str]:
+    """When the project's waiting run of that number (from 0) and the run's priority was made."""
+    where = (is_waiting(Run, run.queue), unit(Run) == project, Run.priority == run.priority)
     order = (Run.created_at, Run.id)
     found = select(*order).where(*where).order_by(*order).offset(number).limit(1)
-    created_at, run_id = session.execute(found).one()
+    created_at, run_id = session.execute(everywhere(found)).one()
     return created_at, run_id
 
 
@@ -182,52 +182,60 @@ def _first(queue: str, able: Able, *where: ColumnElement[bool]) -> ScalarSelect[
     )
 
 
-def _caller(queue: str, able: Able, max_running: int) -> CTE:
+def _limit(max_running: int) -> ColumnElement[int]:
+    """How many of a project's runs may be under way in a queue; 0 is no limit."""
+    return func.coalesce(Project.max_running, max_running)
+
+
+def _project(queue: str, able: Able, max_running: int) -> CTE:
     """Whose turn it is (`unit`), and the highest priority of a run of theirs (`top`)."""
-    callers = _callers(queue)
+    projects = _projects(queue)
     waiting, first, held, recent = aliased(Run), aliased(Run), aliased(Run), aliased(Run)
 
-    def of_caller(value: Any, run: type[Run], *where: ColumnElement[bool]) -> ScalarSelect[Any]:
+    def of_project(value: Any, run: type[Run], *where: ColumnElement[bool]) -> ScalarSelect[Any]:
         found = select(value).where(
-            is_waiting(run, queue), fits(run, able), unit(run) == callers.c.unit, *where
+            is_waiting(run, queue), fits(run, able), unit(run) == projects.c.unit, *where
         )
-        return found.correlate(callers).scalar_subquery()
+        return found.correlate(projects).scalar_subquery()
 
-    top = of_caller(func.max(waiting.priority), waiting)
-    oldest = of_caller(func.min(first.created_at), first, first.priority == top)
+    top = of_project(func.max(waiting.priority), waiting)
+    oldest = of_project(func.min(first.created_at), first, first.priority == top)
 
     def count(run: type[Run], condition: ColumnElement[bool]) -> ScalarSelect[int]:
-        where = (run.queue == queue, unit(run) == callers.c.unit, condition)
+        where = (run.queue == queue, unit(run) == projects.c.unit, condition)
         mine = select(func.count()).select_from(run).where(*where)
-        return mine.correlate(callers).scalar_subquery()
+        return mine.correlate(projects).scalar_subquery()
 
     under_way = count(held, _counts(held, queue)[0])
     began = count(recent, _counts(recent, queue)[1])
-    statement = select(callers.c.unit, top.label("top")).where(top.is_not(None))
-    if max_running:
-        statement = statement.where(under_way < max_running)
+    limit = _limit(max_running)
+    statement = (
+        select(projects.c.unit, top.label("top"))
+        .join(Project, Project.id == projects.c.unit)
+        .where(top.is_not(None), or_(limit == 0, under_way < limit))
+    )
     return statement.order_by(top.desc(), under_way + began, oldest).limit(1).cte("chosen")
 
 
-def _callers(queue: str) -> Any:
-    """Everybody who has a run waiting: one index lookup each, however many runs they have."""
+def _projects(queue: str) -> Any:
+    """Each project that has a run waiting: one index lookup each, however many it has."""
     first, later = aliased(Run), aliased(Run)
-    callers = (
+    projects = (
         select(func.min(unit(first)).label("unit"))
         .where(is_waiting(first, queue))
-        .cte("caller", recursive=True)
+        .cte("waiting_project", recursive=True)
     )
     following = (
         select(func.min(unit(later)))
-        .where(is_waiting(later, queue), unit(later) > callers.c.unit)
-        .correlate(callers)
+        .where(is_waiting(later, queue), unit(later) > projects.c.unit)
+        .correlate(projects)
         .scalar_subquery()
     )
-    return callers.union_all(select(following).where(callers.c.unit.is_not(None)))
+    return projects.union_all(select(following).where(projects.c.unit.is_not(None)))
 
 
 def _counts(run: type[Run], queue: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    """What counts against a caller: runs under way, and other runs that began lately."""
+    """What counts against a project: runs under way, and other runs that began lately."""
     # As a subquery, so that PostgreSQL takes the clock once and an index serves the comparison.
     since = select(db_now(-WINDOW_S[queue])).scalar_subquery()
     return is_held(run), and_(run.state.not_in(HELD), run.started_at > since)

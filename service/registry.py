@@ -1,5 +1,7 @@
 """The registry: names with versions, and aliases that move (MLflow's words).
 
+Names are of one project; which one, the session knows (`service.db.scope`).
+
 A version is a bundle in the store and never changes; an alias (`champion`) points at one version,
 carries a revision for optimistic locking, and every move of it is kept in `alias_event`.
 """
@@ -75,7 +77,7 @@ def check_name(session: Session, name: str, kind: str) -> None:
         refs.check_name(name)
     except ValueError as error:
         raise ServiceError(422, "invalid_request", str(error)) from None
-    model = session.get(Model, name)
+    model = _find(session, name)
     if model is not None and model.kind != kind:
         raise ServiceError(
             422,
@@ -135,7 +137,7 @@ def get(session: Session, name: str) -> Model:
     Raises:
         ServiceError: 404 `not_found`.
     """
-    model = session.get(Model, name)
+    model = _find(session, name)
     if model is None:
         raise ServiceError(404, "not_found", "no model has this name")
     return model
@@ -156,7 +158,9 @@ def get_version(session: Session, name: str, version: int) -> ModelVersion:
     Raises:
         ServiceError: 404 `not_found`.
     """
-    found = session.get(ModelVersion, (name, version))
+    found = session.scalars(
+        select(ModelVersion).where(ModelVersion.model_name == name, ModelVersion.version == version)
+    ).one_or_none()
     if found is None:
         raise ServiceError(404, "not_found", "the model has no such version")
     return found
@@ -175,7 +179,7 @@ def get_alias(session: Session, name: str, alias: str) -> ModelAlias:
     Raises:
         ServiceError: 404 `not_found`.
     """
-    found = session.get(ModelAlias, (name, alias))
+    found = _alias(session, name, alias)
     if found is None:
         raise ServiceError(404, "not_found", "the model has no such alias")
     return found
@@ -259,6 +263,18 @@ def delete_alias(
 
 def changed(session: Session, name: str, alias: str, expected: int | None) -> ServiceError:
     """The refusal (412) of who saw another revision of an alias than there is."""
-    there = session.get(ModelAlias, (name, alias), populate_existing=True)
+    there = _alias(session, name, alias, populate_existing=True)
     found = f"its revision is {there.revision}" if there is not None else "it does not exist"
     return ServiceError(412, "precondition_failed", f"revision {expected} was expected; {found}")
+
+
+def _find(session: Session, name: str) -> Model | None:
+    return session.scalars(select(Model).where(Model.name == name)).one_or_none()
+
+
+def _alias(
+    session: Session, name: str, alias: str, *, populate_existing: bool = False
+) -> ModelAlias | None:
+    named = select(ModelAlias).where(ModelAlias.model_name == name, ModelAlias.alias == alias)
+    options = {"populate_existing": populate_existing}
+    return session.scalars(named, execution_options=options).one_or_none()

@@ -159,17 +159,17 @@ class Settings(BaseSettings):
         "visible GPU.",
     )
     max_queued: int = Field(
-        default=10_000, ge=0, description="Runs of one token that may wait; more get 429. 0: any."
+        default=10_000, ge=0, description="Runs of a project that may wait; more get 429. 0: any."
     )
     max_running: int = Field(
         default=0,
         ge=0,
-        description="Runs of one token that are worked on at once in a queue; more wait. 0: any.",
+        description="Runs of a project that are worked on at once in a queue; more wait. 0: any.",
     )
     max_stored_bytes: int = Field(
         default=0,
         ge=0,
-        description="Bytes that one token's scans may take; uploads beyond get 429. 0: any.",
+        description="Bytes that a project's scans may take; uploads beyond get 429. 0: any.",
     )
     wait_max_s: PositiveFloat = Field(
         default=60.0, description="Longest `Prefer: wait=N` that the API grants."

@@ -1,4 +1,4 @@
-"""A bundle's embeddings of a region in memory, for an exact search that reads almost nothing.
+"""A project's embeddings of a region by a bundle, in memory, for an exact search without reading.
 
 A search asks the database for the space's revision, which triggers raise with every embedding that
 is written, replaced or removed, and reads the changed rows alone. Then float32
@@ -22,7 +22,7 @@ from sqlalchemy import Engine, Row, Select, func, select
 from sqlalchemy.orm import Session
 
 from service import embeddings
-from service.db import Embedding, EmbeddingChange, EmbeddingSpace, Volume
+from service.db import Embedding, EmbeddingChange, EmbeddingSpace, Volume, project_of
 from service.embeddings import STORED, WHOLE, Filters, Found, Vector
 
 READ_AT_ONCE = 500
@@ -171,26 +171,31 @@ class Space:
         self._facts = [np.concatenate([column, np.empty(more, object)]) for column in self._facts]
 
 
+Key = tuple[str, str, str]
+"""Project, digest of the bundle, region."""
+
+
 class Spaces:
-    """The spaces searched last, up to a number of bytes."""
+    """The spaces searched last, by project, up to a number of bytes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spaces: OrderedDict[tuple[str, str], Space] = OrderedDict()
+        self._spaces: OrderedDict[Key, Space] = OrderedDict()
 
-    def get(self, digest: str, region: str, dims: int) -> Space:
-        """The space of a bundle and a region, which may be empty yet."""
+    def get(self, key: Key, dims: int) -> Space:
+        """The space of a project, bundle and region, which may be empty yet."""
         with self._lock:
-            space = self._spaces.pop((digest, region), None)
+            space = self._spaces.pop(key, None)
             if space is None or space.dims != dims:
+                _, digest, region = key
                 space = Space(digest, region, dims)
-            self._spaces[digest, region] = space
+            self._spaces[key] = space
             return space
 
-    def num_known(self, digest: str, region: str) -> int:
+    def num_known(self, key: Key) -> int:
         """How many vectors of a space were in memory at its last search."""
         with self._lock:
-            space = self._spaces.get((digest, region))
+            space = self._spaces.get(key)
             return 0 if space is None else len(space.ids)
 
     def shrink(self, max_bytes: int) -> None:
@@ -217,7 +222,7 @@ def search(
     """What `embeddings.search` gives, from memory where the bundle's vectors fit. Commits.
 
     Args:
-        session: Database session.
+        session: Database session of a project: its scans alone are found.
         query: (E,), finite; all zero, it is like nothing.
         bundle_digest: Of the encoder.
         limit: The most that are given.
@@ -231,13 +236,14 @@ def search(
     """
     dims = embeddings.dims_of(session, bundle_digest, query)
     spaces = _spaces_of(session)
-    count = spaces.num_known(bundle_digest, region) or _count(session, bundle_digest, region)
+    key = (project_of(session), bundle_digest, region)
+    count = spaces.num_known(key) or _count(session, bundle_digest, region)
     if not count or dims is None or count * (dims * STORED.itemsize + ROW_BYTES) > max_bytes:
         return embeddings.search(
             session, query, bundle_digest, limit=limit, filters=filters, region=region
         )
     unit = embeddings.unit_of(query)
-    space = spaces.get(bundle_digest, region, dims)
+    space = spaces.get(key, dims)
     with space.lock:
         space.follow(session)
         ids, num_compared = space.candidates(unit, limit, filters)

@@ -30,6 +30,7 @@ from service.db import (
     Page,
     Run,
     Volume,
+    everywhere,
     insert_if_absent,
     new_id,
     page,
@@ -296,7 +297,8 @@ def _plain(member: Any) -> dict[str, Any]:
 def discard(session: Session, store: Store, *digests: str) -> None:
     """Remove files, and their rows, that nothing refers to. Commits.
 
-    The lock makes "no row refers to it" and "the file goes" one step for `record_blob`.
+    The lock makes "no row refers to it" and "the file goes" one step for `record_blob`. Projects
+    share files, so every project's rows count.
     """
     for sha256 in sorted(set(digests)):
         lock(session, sha256)
@@ -306,7 +308,7 @@ def discard(session: Session, store: Store, *digests: str) -> None:
             ),
             select(Artifact.name).where(Artifact.sha256 == sha256),
         )
-        if all(session.scalars(query.limit(1)).first() is None for query in references):
+        if all(session.scalars(everywhere(one.limit(1))).first() is None for one in references):
             blob = session.get(Blob, sha256)
             if blob is not None:
                 session.delete(blob)

@@ -114,7 +114,8 @@ def wanted(session: Session) -> list[str]:
         select(ModelVersion.digest)
         .join(
             ModelAlias,
-            (ModelAlias.model_name == ModelVersion.model_name)
+            (ModelAlias.project_id == ModelVersion.project_id)
+            & (ModelAlias.model_name == ModelVersion.model_name)
             & (ModelAlias.version == ModelVersion.version),
         )
         .order_by(ModelAlias.updated_at)

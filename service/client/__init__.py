@@ -9,10 +9,11 @@ from service.client.batches import Batches
 from service.client.experiments import Experiments
 from service.client.inference import Inference
 from service.client.models import Models
+from service.client.projects import Projects
 from service.client.scans import Scans
 
 __all__ = ["ApiError", "Client"]
 
 
-class Client(Scans, Models, Inference, Batches, Experiments):
-    """One service and one token; a context manager. Safe to use from several threads."""
+class Client(Scans, Models, Inference, Batches, Experiments, Projects):
+    """One service, token and project; a context manager. Safe to use from several threads."""

@@ -25,13 +25,19 @@ Shown = TypeVar("Shown", bound=BaseModel)
 class Transport:
     """How the service is reached; safe to use from several threads."""
 
-    def __init__(self, base_url: str, token: str, *, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, base_url: str, token: str, *, project: str | None = None, timeout_s: float = 60.0
+    ) -> None:
+        """Nothing is sent yet; `project` (id or name) is for tokens of all projects."""
         url = httpx.URL(base_url)
         self._timeout_s = timeout_s
         self._patient = httpx.Timeout(timeout_s, read=None)  # reading a scan, loading a model
         self._http = httpx.Client(
             base_url=url.copy_with(path=url.path.rstrip("/") + "/api/v1/"),
-            headers={"Authorization": f"Bearer {token}"},
+            headers={
+                "Authorization": f"Bearer {token}",
+                **({"PCRL-Project": project} if project else {}),
+            },
             timeout=timeout_s,
             trust_env=url.host not in LOOPBACK,  # no proxy on the way to this machine
         )

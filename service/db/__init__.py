@@ -19,7 +19,9 @@ from service.db.models import (
     WarmModel,
     WarmRequest,
 )
+from service.db.projects import DEFAULT_PROJECT, Project
 from service.db.scans import Blob, Dataset, DatasetItem, Upload, Volume
+from service.db.scope import everywhere, of_project, project_of, within
 from service.db.states import (
     CLAIMABLE,
     HELD,
@@ -35,6 +37,7 @@ from service.db.work import Artifact, Batch, BatchItem, Run, RunAttempt, RunEven
 
 __all__ = [
     "CLAIMABLE",
+    "DEFAULT_PROJECT",
     "HELD",
     "ID_PREFIX_OF",
     "QUEUE_OF",
@@ -59,6 +62,7 @@ __all__ = [
     "ModelAlias",
     "ModelVersion",
     "Page",
+    "Project",
     "Row",
     "Run",
     "RunAttempt",
@@ -75,8 +79,12 @@ __all__ = [
     "WorkerHeartbeat",
     "connect",
     "db_now",
+    "everywhere",
     "insert_if_absent",
     "new_id",
+    "of_project",
     "page",
+    "project_of",
     "sessions",
+    "within",
 ]

@@ -5,22 +5,23 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import (
-    LargeBinary,
-    String,
-)
+from sqlalchemy import ForeignKey, LargeBinary, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.base import Base, db_now
 
 
 class Token(Base):
-    """An API token; only the SHA-256 of the secret is kept."""
+    """An API token; only the SHA-256 of the secret is kept.
+
+    `project_id` None: all projects where the role is admin, else the default one.
+    """
 
     __tablename__ = "token"
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     name: Mapped[str] = mapped_column(String(100))
     role: Mapped[str] = mapped_column(String(20))
+    project_id: Mapped[str | None] = mapped_column(ForeignKey("project.id"))
     digest: Mapped[bytes] = mapped_column(LargeBinary(32), unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
     expires_at: Mapped[datetime | None]

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.db.base import Base, UtcDateTime
 from service.db.experiments import Experiment
 from service.db.scans import Dataset, Volume
+from service.db.scope import ScopedSession, project_of, refuse_unscoped
 from service.db.work import Batch, Run
 
 
@@ -37,8 +38,10 @@ def connect(url: str) -> Engine:
     if not url.startswith("sqlite"):
         engine = create_engine(url, hide_parameters=True, pool_pre_ping=True)
         event.listen(engine, "connect", _without_jit)
+        event.listen(engine, "before_cursor_execute", refuse_unscoped)
         return engine
     engine = create_engine(url, hide_parameters=True, connect_args={"timeout": 30})
+    event.listen(engine, "before_cursor_execute", refuse_unscoped)
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
@@ -63,14 +66,16 @@ def _without_jit(connection: Any, _record: Any) -> None:
 
 
 def sessions(engine: Engine) -> sessionmaker[Session]:
-    """Sessions whose objects stay readable after the commit."""
-    return sessionmaker(engine, expire_on_commit=False)
+    """Sessions of all projects (`scope`), whose objects stay readable after the commit."""
+    return sessionmaker(engine, class_=ScopedSession, expire_on_commit=False)
 
 
 def insert_if_absent(session: Session, table: type[Base], **values: Any) -> None:
     """Insert a row unless one with its key is there, without failing on a race."""
     dialect = session.get_bind().dialect.name
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    if "project_id" in table.__table__.c:
+        values = {"project_id": project_of(session)} | values
     session.execute(insert(table).values(**values).on_conflict_do_nothing())
 
 

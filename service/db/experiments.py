@@ -9,11 +9,12 @@ from sqlalchemy import ForeignKey, Index, String, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.base import Base, db_now
+from service.db.projects import OfProject
 
 WAITING = "run_id IS NULL AND error IS NULL"
 
 
-class Experiment(Base):
+class Experiment(OfProject, Base):
     """A plan (`models.experiment.plan`); how far it is, is that of its cells' runs."""
 
     __tablename__ = "experiment"
@@ -25,7 +26,7 @@ class Experiment(Base):
     created_by: Mapped[str] = mapped_column(String(40))
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
     canceled_at: Mapped[datetime | None]
-    __table_args__ = (Index(None, "created_at", "id"),)
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
 
 
 class ExperimentCell(Base):

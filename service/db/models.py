@@ -18,12 +18,23 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.base import Base, db_now
+from service.db.projects import DEFAULT_PROJECT
+
+_OF_MODEL = (["project_id", "model_name"], ["model.project_id", "model.name"])
+
+
+def _project_id(*, is_key: bool = False) -> Mapped[str]:
+    """Of the model that a row belongs to."""
+    return mapped_column(String(40), primary_key=is_key, server_default=DEFAULT_PROJECT)
 
 
 class Model(Base):
-    """A registered model: a name with versions."""
+    """A registered model: a name in a project, with versions."""
 
     __tablename__ = "model"
+    project_id: Mapped[str] = mapped_column(
+        ForeignKey("project.id"), primary_key=True, server_default=DEFAULT_PROJECT
+    )
     name: Mapped[str] = mapped_column(String(100), primary_key=True)
     kind: Mapped[str] = mapped_column(String(12))
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
@@ -33,24 +44,27 @@ class ModelVersion(Base):
     """One bundle under a model's name."""
 
     __tablename__ = "model_version"
-    model_name: Mapped[str] = mapped_column(ForeignKey("model.name"), primary_key=True)
+    project_id: Mapped[str] = _project_id(is_key=True)
+    model_name: Mapped[str] = mapped_column(String(100), primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True)
     digest: Mapped[str] = mapped_column(String(64), index=True)
     manifest: Mapped[dict[str, Any]]
     run_id: Mapped[str | None] = mapped_column(ForeignKey("run.id"))
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
-    __table_args__ = (UniqueConstraint("run_id"),)
+    __table_args__ = (ForeignKeyConstraint(*_OF_MODEL), UniqueConstraint("run_id"))
 
 
 class ModelAlias(Base):
     """A movable name for a version (`champion`); `revision` is its ETag."""
 
     __tablename__ = "model_alias"
-    model_name: Mapped[str] = mapped_column(ForeignKey("model.name"), primary_key=True)
+    project_id: Mapped[str] = _project_id(is_key=True)
+    model_name: Mapped[str] = mapped_column(String(100), primary_key=True)
     alias: Mapped[str] = mapped_column(String(100), primary_key=True)
     version: Mapped[int]
     revision: Mapped[int] = mapped_column(default=1)
     updated_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    __table_args__ = (ForeignKeyConstraint(*_OF_MODEL),)
 
 
 class AliasEvent(Base):
@@ -60,7 +74,8 @@ class AliasEvent(Base):
     seq: Mapped[int] = mapped_column(
         BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
     )
-    model_name: Mapped[str] = mapped_column(ForeignKey("model.name"))
+    project_id: Mapped[str] = _project_id()
+    model_name: Mapped[str] = mapped_column(String(100))
     alias: Mapped[str] = mapped_column(String(100))
     version: Mapped[int | None]
     set_by: Mapped[str] = mapped_column(String(40))
@@ -70,14 +85,18 @@ class AliasEvent(Base):
     unmet: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
     """Names of the gate's checks that the move was made against."""
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
-    __table_args__ = (Index(None, "model_name", "alias", "seq"),)
+    __table_args__ = (
+        ForeignKeyConstraint(*_OF_MODEL),
+        Index(None, "project_id", "model_name", "alias", "seq"),
+    )
 
 
 class GoldenCase(Base):
     """A scan whose answer is known: what every new version of a model must reproduce."""
 
     __tablename__ = "golden_case"
-    model_name: Mapped[str] = mapped_column(ForeignKey("model.name"), primary_key=True)
+    project_id: Mapped[str] = _project_id(is_key=True)
+    model_name: Mapped[str] = mapped_column(String(100), primary_key=True)
     name: Mapped[str] = mapped_column(String(100), primary_key=True)
     volume_id: Mapped[str] = mapped_column(ForeignKey("volume.id"), index=True)
     labels_id: Mapped[str | None] = mapped_column(ForeignKey("volume.id"), index=True)
@@ -85,6 +104,7 @@ class GoldenCase(Base):
     """Segmenter: {labels: [{name, value, min_dice}]}; encoder: {vector: [...], min_cosine}."""
     set_by: Mapped[str] = mapped_column(String(40))
     updated_at: Mapped[datetime] = mapped_column(server_default=db_now())
+    __table_args__ = (ForeignKeyConstraint(*_OF_MODEL),)
 
 
 class VersionCheck(Base):
@@ -92,15 +112,17 @@ class VersionCheck(Base):
 
     __tablename__ = "version_check"
     run_id: Mapped[str] = mapped_column(ForeignKey("run.id", ondelete="CASCADE"), primary_key=True)
+    project_id: Mapped[str] = _project_id()
     model_name: Mapped[str] = mapped_column(String(100))
     version: Mapped[int]
     golden_digest: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
     __table_args__ = (
         ForeignKeyConstraint(
-            ["model_name", "version"], ["model_version.model_name", "model_version.version"]
+            ["project_id", "model_name", "version"],
+            ["model_version.project_id", "model_version.model_name", "model_version.version"],
         ),
-        Index(None, "model_name", "version", "created_at"),
+        Index(None, "project_id", "model_name", "version", "created_at"),
     )
 
 

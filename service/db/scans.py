@@ -17,6 +17,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.base import Base, db_now
+from service.db.projects import OfProject
 
 
 class Blob(Base):
@@ -28,7 +29,7 @@ class Blob(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
 
 
-class Volume(Base):
+class Volume(OfProject, Base):
     """One scan (a series or a NIfTI file), or one label volume."""
 
     __tablename__ = "volume"
@@ -50,13 +51,20 @@ class Volume(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
     original_removed_at: Mapped[datetime | None]
     __table_args__ = (
-        UniqueConstraint("original_sha256", "kind", "subject", "series_selector"),
+        UniqueConstraint(
+            "project_id",
+            "original_sha256",
+            "kind",
+            "subject",
+            "series_selector",
+            name="uq_volume_identity",
+        ),
         CheckConstraint("kind IN ('image', 'labels')", name="kind"),
-        Index(None, "created_at", "id"),
+        Index(None, "project_id", "created_at", "id"),
     )
 
 
-class Upload(Base):
+class Upload(OfProject, Base):
     """A file that comes in pieces; complete when it became a volume, and swept when it is stale.
 
     `received_bytes` are checked and on the disk (fsync before commit); empty text is "not given".
@@ -77,13 +85,21 @@ class Upload(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
     updated_at: Mapped[datetime] = mapped_column(server_default=db_now(), index=True)
     __table_args__ = (
-        UniqueConstraint("created_by", "sha256", "kind", "subject", "series_selector"),
+        UniqueConstraint(
+            "project_id",
+            "created_by",
+            "sha256",
+            "kind",
+            "subject",
+            "series_selector",
+            name="uq_upload_identity",
+        ),
         CheckConstraint("kind IN ('image', 'labels')", name="kind"),
         CheckConstraint("received_bytes BETWEEN 0 AND size_bytes", name="received_bytes"),
     )
 
 
-class Dataset(Base):
+class Dataset(OfProject, Base):
     """An immutable list of volumes with labels and a split by subject."""
 
     __tablename__ = "dataset"
@@ -92,7 +108,7 @@ class Dataset(Base):
     digest: Mapped[str] = mapped_column(String(64))
     created_by: Mapped[str] = mapped_column(String(40))
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
-    __table_args__ = (Index(None, "created_at", "id"),)
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
 
 
 class DatasetItem(Base):

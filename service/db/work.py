@@ -18,6 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.base import Base, db_now
+from service.db.projects import OfProject
 
 # As `service.queue` spells them: else a partial index serves nothing.
 _WAITING = text("state IN ('interrupted', 'queued') AND cancel_requested_at IS NULL")
@@ -25,7 +26,7 @@ _BEGUN = text("started_at IS NOT NULL")
 _HELD = text("state IN ('canceling', 'running', 'starting')")
 
 
-class Run(Base):
+class Run(OfProject, Base):
     """One execution of a recipe or of an inference."""
 
     __tablename__ = "run"
@@ -60,11 +61,11 @@ class Run(Base):
             name="state",
         ),
         Index(None, "queue", "state", "priority", "created_at"),
-        Index(None, "created_at", "id"),
+        Index(None, "project_id", "created_at", "id"),
         Index(
             "ix_run_share",
             "queue",
-            "created_by",
+            "project_id",
             "started_at",
             sqlite_where=_BEGUN,
             postgresql_where=_BEGUN,
@@ -72,7 +73,7 @@ class Run(Base):
         Index(
             "ix_run_waiting",
             "queue",
-            "created_by",
+            "project_id",
             "priority",
             "created_at",
             "id",
@@ -80,7 +81,7 @@ class Run(Base):
             postgresql_where=_WAITING,
         ),
         Index("ix_run_due", "publish_after", sqlite_where=_WAITING, postgresql_where=_WAITING),
-        Index("ix_run_held", "queue", "created_by", sqlite_where=_HELD, postgresql_where=_HELD),
+        Index("ix_run_held", "queue", "project_id", sqlite_where=_HELD, postgresql_where=_HELD),
     )
 
 
@@ -123,7 +124,7 @@ class Artifact(Base):
     fence: Mapped[int] = mapped_column(BigInteger)
 
 
-class Batch(Base):
+class Batch(OfProject, Base):
     """One request over a dataset; its state is that of its runs and stands nowhere else."""
 
     __tablename__ = "batch"
@@ -136,7 +137,7 @@ class Batch(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=db_now())
     __table_args__ = (
         CheckConstraint("kind IN ('segment', 'embed')", name="kind"),
-        Index(None, "created_at", "id"),
+        Index(None, "project_id", "created_at", "id"),
     )
 
 

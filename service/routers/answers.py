@@ -59,7 +59,7 @@ async def queue(
     """
 
     def within_quota(session: Session) -> Answer:
-        quota.check_runs(session, caller.id, settings)
+        quota.check_runs(session, caller.project_id, settings)
         return work(session)
 
     answer, is_new = await run_in_threadpool(once.answer, caller, within_quota)

@@ -57,7 +57,7 @@ async def create_batch(
     """Queue a run for each scan, behind single requests. The reference is resolved now."""
 
     def work(session: Session) -> Answer:
-        quota.check_runs(session, caller.id, settings)
+        quota.check_runs(session, caller.project_id, settings)
         version = registry.resolve(session, ask.model)
         require_kind(version, MODEL_KIND[ask.kind])
         inference.require_volumes(version)

@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
-from service import faults, idempotency
-from service.auth import Principal, Role, principal, site_pseudonyms
+from service import db, faults, idempotency
+from service.auth import Principal, Role, identify, principal, site_pseudonyms
+from service.errors import ServiceError
 from service.idempotency import Answer
 from service.routers.strict import StrictRoute
 from service.settings import Settings
@@ -34,12 +35,41 @@ def router(tag: str) -> APIRouter:
     return APIRouter(prefix=PREFIX, tags=[tag], route_class=StrictRoute)
 
 
-def _sessions(request: Request) -> sessionmaker[Session]:
+def _site_admin(caller: Annotated[Principal, Depends(identify)]) -> Principal:
+    if not caller.all_projects:
+        raise ServiceError(403, "forbidden", "an admin whose token is of all projects is needed")
+    return caller
+
+
+SiteAdmin = Annotated[Principal, Depends(_site_admin)]
+Caller = Annotated[Principal, Depends(identify)]
+
+
+def _every_session(request: Request) -> sessionmaker[Session]:
     return cast("sessionmaker[Session]", request.app.state.sessions)
 
 
-def _session(request: Request) -> Iterator[Session]:
-    with _sessions(request)() as session:
+EverySession = Annotated["sessionmaker[Session]", Depends(_every_session)]
+"""Sessions of all projects: for health, which shows nothing of theirs, and for `SiteAdmin`."""
+
+
+def _sessions(request: Request, caller: Caller) -> sessionmaker[Session]:
+    known: dict[str, sessionmaker[Session]] = request.app.state.of_project
+    if caller.project_id not in known:
+        made = db.of_project(request.app.state.sessions, caller.project_id)
+        known.setdefault(caller.project_id, made)
+    return known[caller.project_id]
+
+
+def _session(sessions: Annotated[sessionmaker[Session], Depends(_sessions)]) -> Iterator[Session]:
+    with sessions() as session:
+        yield session
+
+
+def _projects_session(
+    caller: Caller, every: EverySession, own: Annotated[sessionmaker[Session], Depends(_sessions)]
+) -> Iterator[Session]:
+    with (every if caller.all_projects else own)() as session:
         yield session
 
 
@@ -52,8 +82,11 @@ def _settings(request: Request) -> Settings:
 
 
 Sessions = Annotated["sessionmaker[Session]", Depends(_sessions)]
+"""Sessions of the project that the request acts in (`service.db.scope`)."""
 DbSession = Annotated[Session, Depends(_session, scope="function")]
 """A session for the length of the route's function; a route that creates commits it itself."""
+ProjectsSession = Annotated[Session, Depends(_projects_session, scope="function")]
+"""A session that sees the projects that the caller may see."""
 StoreOf = Annotated[Store, Depends(_store)]
 SettingsOf = Annotated[Settings, Depends(_settings)]
 
@@ -123,9 +156,15 @@ KeyOf = Annotated[str | None, Depends(_key)]
 """The caller's `Idempotency-Key`, for a body that is not held in memory; else `OnceOf`."""
 
 
-async def _once(request: Request, sessions: Sessions, key: KeyOf) -> Once:
-    digest = hashlib.sha256(await request.body()).hexdigest()
+async def _once(request: Request, caller: Caller, sessions: Sessions, key: KeyOf) -> Once:
+    digest = asked_sha256(caller, await request.body())
     return Once(sessions, f"{request.method} {request.url.path}", key, digest)
+
+
+def asked_sha256(caller: Principal, body: bytes) -> str:
+    """Digest of what is asked, and of where: in another project it is another request."""
+    where = b"" if caller.project_id == db.DEFAULT_PROJECT else caller.project_id.encode()
+    return hashlib.sha256(where + body).hexdigest()
 
 
 OnceOf = Annotated[Once, Depends(_once)]

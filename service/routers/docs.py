@@ -9,7 +9,8 @@ from service.errors import MEDIA_TYPE, PROBLEMS
 Responses = dict[int | str, dict[str, Any]]
 
 PROBLEM_SCHEMA = {"$ref": "#/components/schemas/Problem"}
-ALWAYS = ("not_authenticated", "internal_error", "database_unavailable")
+ALWAYS = ("not_authenticated", "not_found", "internal_error", "database_unavailable")
+"""`not_found`: the header `PCRL-Project` may name a project that is none."""
 
 
 def problems(*codes: str) -> Responses:

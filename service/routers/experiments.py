@@ -70,7 +70,7 @@ async def create_experiment(
     """Queue every training that can begin; the others follow as their pretrainings end."""
 
     def work(session: Session) -> Answer:
-        quota.check_runs(session, caller.id, settings)
+        quota.check_runs(session, caller.project_id, settings)
         experiment, _made = experiments.create(
             session,
             name=ask.name,
@@ -186,7 +186,7 @@ async def extend_experiment(
     """Queue what is new; trainings that are done are part of the larger experiment."""
 
     def work(session: Session) -> Answer:
-        quota.check_runs(session, caller.id, settings)
+        quota.check_runs(session, caller.project_id, settings)
         experiments.extend(
             session,
             experiment_id,

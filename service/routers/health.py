@@ -77,7 +77,7 @@ async def healthz() -> schemas.Health:
     openapi_extra={"security": []},
 )
 def readyz(
-    request: Request, sessions: deps.Sessions, store: deps.StoreOf, settings: deps.SettingsOf
+    request: Request, sessions: deps.EverySession, store: deps.StoreOf, settings: deps.SettingsOf
 ) -> JSONResponse:
     """Database, storage, disk, broker, a live worker for each queue, and no queue stands still."""
     checks: dict[str, Callable[[], None]] = {
@@ -126,13 +126,14 @@ def get_metrics(request: Request, _caller: MetricsReader) -> PlainTextResponse:
     "/capabilities",
     operation_id="get_capabilities",
     summary="What can this service do?",
-    responses=docs.problems(),
+    responses=docs.problems("invalid_request"),
 )
 def get_capabilities(caller: deps.Viewer, settings: deps.SettingsOf) -> schemas.Capabilities:
-    """Version, limits, and the caller's role."""
+    """Version, limits, the caller's role, and the project that it acts in."""
     return schemas.Capabilities(
         version=product_version(),
         role=caller.role,
+        project=caller.project_id,
         run_kinds=tuple(db.RunKind),
         max_upload_bytes=settings.max_upload_bytes,
         max_wait_s=settings.wait_max_s,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated
 
 from fastapi import Path, Query, Request
@@ -296,13 +295,13 @@ async def import_model(
         sha256, size = await run_in_threadpool(_committed, store, writer)
 
     def work(session: Session) -> Answer:
-        quota.check_runs(session, caller.id, settings)
+        quota.check_runs(session, caller.project_id, settings)
         run = imports.create(
             session, store, name=name, sha256=sha256, size=size, principal=caller.id
         )
         return answers.accepted(run, "runs", views.run)
 
-    asked = hashlib.sha256(f"{name} {sha256}".encode()).hexdigest()
+    asked = deps.asked_sha256(caller, f"{name} {sha256}".encode())
     once = deps.Once(sessions, f"{request.method} {request.url.path}", key, asked)
     answer, is_new = await run_in_threadpool(once.answer, caller, work)
     if is_new:

@@ -78,7 +78,7 @@ async def begin_upload(
     def work(session: Session) -> Answer:
         upload, is_new = uploads.begin(session, wanted, caller)
         if is_new:
-            quota.check_bytes(session, caller.id, settings, more=wanted.size_bytes)
+            quota.check_bytes(session, caller.project_id, settings, more=wanted.size_bytes)
         headers = {"Location": f"{deps.PREFIX}/uploads/{upload.id}"}
         shown = _view(upload, store, settings).model_dump(mode="json")
         return Answer(201 if is_new else 200, headers, shown)

@@ -177,7 +177,7 @@ def _check_quota(
     sessions: sessionmaker[Session], caller: Principal, settings: Settings, announced: int
 ) -> None:
     with sessions() as session:
-        quota.check_bytes(session, caller.id, settings, more=announced)
+        quota.check_bytes(session, caller.project_id, settings, more=announced)
 
 
 def _ingest(

@@ -46,7 +46,8 @@ def claim(
         worker: Who takes it.
         lease_s: How long it is held without a heartbeat.
         able: What the worker's device can do; a run that does not fit is left to others.
-        max_running: A caller with so many runs under way waits; 0 is no limit.
+        max_running: A project with so many runs under way waits, unless it has a limit of its own;
+            0 is no limit.
         only: Take it if it is of this kind, else nothing: never a worse one past a better.
 
     Returns:
@@ -66,6 +67,7 @@ def claim(
     state_event(session, run.id, RunState.STARTING, run.attempt)
     lease = Lease(
         run_id=run.id,
+        project_id=run.project_id,
         fence=run.fence,
         attempt=run.attempt,
         kind=RunKind(run.kind),

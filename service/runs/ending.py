@@ -18,6 +18,7 @@ from service.db import (
     Run,
     RunState,
     db_now,
+    within,
 )
 from service.embeddings import NewEmbedding
 from service.patience import patiently
@@ -101,14 +102,15 @@ def _finish(
             assert lease.volume_id is not None  # an embedding is of a volume
             embeddings.record(session, lease.run_id, lease.volume_id, vector)
         if register is not None:
-            version = registry.register(
-                session,
-                register.name,
-                kind=register.kind,
-                digest=register.digest,
-                manifest=register.manifest,
-                run_id=lease.run_id,
-            )
+            with within(session, lease.project_id):
+                version = registry.register(
+                    session,
+                    register.name,
+                    kind=register.kind,
+                    digest=register.digest,
+                    manifest=register.manifest,
+                    run_id=lease.run_id,
+                )
             model = {"name": version.model_name, "version": version.version}
             result = {**(result or {}), "model": {**model, "digest": version.digest}}
         write(session, lease, states=TERMINAL, result=result, error=error)

@@ -26,6 +26,7 @@ class Lease:
     """A claimed run: what to do, and the fence that every write must carry."""
 
     run_id: str
+    project_id: str
     fence: int
     attempt: int
     kind: RunKind

@@ -94,6 +94,13 @@ from service.schemas.models import (
     ModelVersion,
     VersionSummary,
 )
+from service.schemas.projects import (
+    Project,
+    ProjectChange,
+    ProjectCreate,
+    ProjectId,
+    ProjectPage,
+)
 from service.schemas.releases import (
     AliasMove,
     AliasMoves,
@@ -203,6 +210,11 @@ __all__ = [
     "Page",
     "Problem",
     "Progress",
+    "Project",
+    "ProjectChange",
+    "ProjectCreate",
+    "ProjectId",
+    "ProjectPage",
     "QualityFlag",
     "Readiness",
     "ResultFile",

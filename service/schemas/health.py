@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from service.schemas.base import Answer
 
@@ -49,6 +49,7 @@ class Capabilities(Answer):
                 {
                     "version": "0.1.0",
                     "role": "researcher",
+                    "project": "prj_default",
                     "run_kinds": ["pretrain", "finetune"],
                     "max_upload_bytes": 4294967296,
                     "max_wait_s": 30.0,
@@ -60,6 +61,7 @@ class Capabilities(Answer):
 
     version: str
     role: str
+    project: str = Field(description="Id of the project that the request acts in.")
     run_kinds: tuple[str, ...]
     max_upload_bytes: int
     max_wait_s: float

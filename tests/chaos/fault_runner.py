@@ -25,7 +25,7 @@ from service.settings import Settings
 from service.storage import BlobCorrupt, Store
 from trainer import tasks as training
 
-KEY, PRINCIPAL = "key", auth.Principal(id="t", name="t", role=auth.Role.ADMIN)
+KEY, PRINCIPAL = "key", auth.Principal("t", "t", auth.Role.ADMIN, "prj_default")
 FAST = {"lease_s": 0.6, "heartbeat_s": 0.05, "suspect_s": 0.05, "min_free_bytes": 0}
 TIMEOUT_S = 60.0
 runs.FIRST_REMINDER_S = runs.REMINDER_S = 0.1

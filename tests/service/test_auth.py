@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import select
 
-from service import auth
+from service import auth, db
 from service.auth import Role
 from service.db import Token
 from service.errors import ServiceError
@@ -27,7 +27,7 @@ def test_a_token_names_its_owner_and_only_its_digest_is_kept(session):
 
     assert token.startswith("pcrl_")
     assert auth.authenticate(session, token) == auth.Principal(
-        row.id, "anna's laptop", Role.ANNOTATOR
+        row.id, "anna's laptop", Role.ANNOTATOR, "prj_default"
     )
     assert len(row.digest) == 32
     assert token.rsplit("_", 1)[1].encode() not in row.digest
@@ -53,6 +53,38 @@ def test_wrong_expired_and_revoked_tokens_are_refused_alike(session):
     assert len(messages) == 1
     with pytest.raises(ServiceError):
         auth.revoke_token(session, revoked_row.id)
+
+
+def test_a_token_acts_in_its_project_and_an_admins_of_all_in_any(session):
+    session.add(db.Project(id="prj_liver", name="liver"))
+    session.flush()
+    _, of_one = auth.create_token(session, "a", Role.ADMIN, project_id="prj_liver")
+    _, of_all = auth.create_token(session, "b", Role.ADMIN)
+    session.commit()
+
+    def acts_in(token, project=None):
+        try:
+            found = auth.authenticate(session, token, project)
+        except ServiceError as error:
+            return error.status, error.detail
+        return found.project_id, found.all_projects
+
+    assert acts_in(of_one) == acts_in(of_one, "liver") == ("prj_liver", False)
+    assert acts_in(of_all) == acts_in(of_all, "default") == ("prj_default", True)
+    assert acts_in(of_all, "liver") == acts_in(of_all, "prj_liver") == ("prj_liver", True)
+    elsewhere = acts_in(of_one, "default")  # another's project is none
+    assert elsewhere[0] == 404
+    assert elsewhere == acts_in(of_one, "absent") == acts_in(of_all, "a\0b") == acts_in(of_all, "")
+
+
+def test_a_token_that_the_version_before_made_is_of_the_default_project(session):
+    row, token = auth.create_token(session, "a", Role.RESEARCHER)
+    row.project_id = None
+    session.commit()
+
+    found = auth.authenticate(session, token)
+
+    assert (found.project_id, found.all_projects) == ("prj_default", False)
 
 
 def test_a_role_may_what_the_lower_ones_may():

@@ -13,6 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import func, inspect, select, text
 
 from service import db, migrate
+from service.db import scope
 from service.stack import environment
 
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
@@ -37,6 +38,8 @@ def fill(engine) -> dict[str, int]:
     }
 
     def value(table, column):
+        if column.name == "project_id":
+            return db.DEFAULT_PROJECT
         if (table.name, column.name) in known:
             return known[table.name, column.name]
         for key in column.foreign_keys:
@@ -129,6 +132,30 @@ def test_a_migration_that_breaks_off_leaves_the_tables_as_they_were(engine, data
         connection.execute(text("DROP INDEX ix_run_share"))
     migrate.upgrade(database_url)
     assert migrate.is_current(engine)
+
+
+def test_going_below_projects_is_refused_while_another_owns_something(engine, database_url):
+    fill(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE dataset SET project_id = 'x'"))
+
+    with pytest.raises(RuntimeError, match="project x owns rows of dataset"):
+        migrate.downgrade(database_url, "0010")
+
+    assert migrate.is_current(engine)
+
+
+def test_what_was_there_before_projects_is_the_default_ones(engine, database_url):
+    fill(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE token SET role = 'viewer'"))
+    migrate.downgrade(database_url, "0010")
+    migrate.upgrade(database_url)
+
+    with engine.connect() as connection:
+        for table in (*scope.OWNED, db.Token):
+            found = connection.scalars(select(table.__table__.c.project_id)).all()
+            assert set(found) == {db.DEFAULT_PROJECT}, table
 
 
 def at(engine, revision: str) -> None:

@@ -11,11 +11,14 @@ from service.queue import Able
 from service.settings import Settings
 
 
-def put(session, caller: str, number: int = 1, **how) -> list[str]:
+def put(session, project: str, number: int = 1, **how) -> list[str]:
     kind = how.pop("kind", "segment")
-    made = [
-        runs.create(session, kind=kind, spec={}, principal=caller, **how).id for _ in range(number)
-    ]
+    db.insert_if_absent(session, db.Project, id=f"prj_{project}", name=project)
+    with db.within(session, f"prj_{project}"):
+        made = [
+            runs.create(session, kind=kind, spec={}, principal="tok", **how).id
+            for _ in range(number)
+        ]
     session.commit()
     return made
 
@@ -25,14 +28,14 @@ def take(session, *, finish: bool = True, **how) -> str | None:
     lease = runs.claim(session, None, how.pop("queue", "inference"), "w", **how)
     if lease is None:
         return None
-    caller = runs.get(session, lease.run_id).created_by
+    project = lease.project_id.removeprefix("prj_")
     session.rollback()
     if finish:
         runs.finish(session, lease, db.RunState.SUCCEEDED, outcome="done")
-    return caller
+    return project
 
 
-def test_a_callers_hundred_runs_do_not_starve_anothers_one(sessions):
+def test_a_projects_hundred_runs_do_not_starve_anothers_one(sessions):
     with sessions() as session:
         put(session, "busy", 100)
         put(session, "quiet", 1)
@@ -44,14 +47,14 @@ def test_a_callers_hundred_runs_do_not_starve_anothers_one(sessions):
 
 @pytest.mark.parametrize(("other", "taken"), [("segment", 1), ("embed", 4)])
 def test_runs_done_together_end_where_anothers_turn_comes(sessions, other, taken):
-    """The second is the control: of one kind they go on, each caller in turn."""
+    """The second is the control: of one kind they go on, each project in turn."""
     with sessions() as session:
         put(session, "busy", 3, kind="embed")
         put(session, "quiet", 1, kind=other)
 
         order = [take(session, finish=False)]
-        while (caller := take(session, finish=False, only=db.RunKind.EMBED)) is not None:
-            order.append(caller)
+        while (project := take(session, finish=False, only=db.RunKind.EMBED)) is not None:
+            order.append(project)
 
     assert len(order) == taken
 
@@ -66,10 +69,10 @@ def test_by_age_alone_the_one_would_have_waited_for_all_hundred(sessions):
     assert first != last
 
 
-def test_shares_are_even_among_callers_who_all_want_much(sessions):
+def test_shares_are_even_among_projects_that_all_want_much(sessions):
     with sessions() as session:
-        for caller, number in (("a", 30), ("b", 20), ("c", 10)):
-            put(session, caller, number)
+        for project, number in (("a", 30), ("b", 20), ("c", 10)):
+            put(session, project, number)
 
         taken = Counter(take(session) for _ in range(30))
 
@@ -142,7 +145,7 @@ def test_a_run_that_fits_goes_past_one_that_does_not(sessions):
         assert take(session, able=Able("cuda", 2**30)) == "a"
 
 
-def test_a_caller_at_its_limit_waits_while_others_go_on(sessions):
+def test_a_project_at_its_limit_waits_while_others_go_on(sessions):
     with sessions() as session:
         put(session, "busy", 5)
         put(session, "quiet", 1)
@@ -150,6 +153,19 @@ def test_a_caller_at_its_limit_waits_while_others_go_on(sessions):
 
         assert Counter(taken) == {"busy": 2, "quiet": 1, None: 1}
         assert take(session, finish=False) == "busy"  # the control: without a limit
+
+
+def test_a_projects_own_limit_goes_before_the_sites(sessions):
+    with sessions() as session:
+        for project, own in (("one", 1), ("any", 0), ("sites", None)):
+            put(session, project, 4)
+            found = session.get(db.Project, f"prj_{project}")
+            found.max_running = own
+        session.commit()
+
+        taken = Counter(take(session, finish=False, max_running=2) for _ in range(12))
+
+    assert taken == {"one": 1, "any": 4, "sites": 2, None: 5}
 
 
 def test_positions_are_the_order_in_which_runs_are_claimed(sessions):
@@ -181,7 +197,7 @@ def test_a_run_that_does_not_wait_has_no_position(sessions):
         assert queue.position(session, runs.get(session, run_id)) is None
 
 
-def test_claims_at_once_take_different_runs_of_few_callers(sessions):
+def test_claims_at_once_take_different_runs_of_few_projects(sessions):
     with sessions() as session:
         put(session, "a", 20)
         put(session, "b", 5)

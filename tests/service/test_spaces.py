@@ -164,7 +164,7 @@ def test_bundles_that_do_not_fit_leave_memory_and_are_still_searched(session, fi
 
     held = spaces._spaces_of(session)
 
-    assert list(held._spaces) == [(OTHER, "")]
+    assert list(held._spaces) == [("prj_default", OTHER, "")]
     assert sum(space.num_bytes for space in held._spaces.values()) <= one
 
 
@@ -208,3 +208,30 @@ def test_the_record_of_changes_is_bounded_by_its_length(session, filled):
 
     assert session.scalar(select(func.count()).select_from(EmbeddingChange)) == 1
     assert find(session, filled[3]) == find_in_database(session, filled[3])
+
+
+@pytest.mark.parametrize("max_bytes", [PLENTY, 0])
+def test_a_search_sees_its_projects_scans_alone_in_memory_and_in_the_database(
+    session, sessions, max_bytes
+):
+    """The session of all projects is the control: it finds both."""
+    session.add(db.Project(id="prj_other", name="other"))
+    session.flush()
+    add_volumes(session, [1])
+    add_volumes(session, [2], project_id="prj_other")
+    for number in (1, 2):
+        put(session, number, [1.0, 0.0])
+    session.commit()
+
+    def found(project):
+        with db.of_project(sessions, project)() as own:
+            for _ in range(2):  # the second from memory
+                there = find(own, [1.0, 0.0], max_bytes=max_bytes)
+            return [one.volume_id for one in there.items], there.num_compared
+
+    assert found("prj_default") == ([volume_id(1)], 1)
+    assert found("prj_other") == ([volume_id(2)], 1)
+    put(session, 2, [0.0, 1.0])  # another project's change
+    session.commit()
+    assert found("prj_default") == ([volume_id(1)], 1)
+    assert find_in_database(session, [1.0, 0.0]).num_compared == 2

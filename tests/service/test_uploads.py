@@ -16,7 +16,7 @@ from service.errors import ServiceError
 from service.storage import Store
 from service.uploads import Appending, Wanted
 
-CALLER = Principal("tok_test", "test", Role.ANNOTATOR)
+CALLER = Principal("tok_test", "test", Role.ANNOTATOR, "prj_default")
 
 
 @pytest.fixture

@@ -13,6 +13,10 @@ CASCADE = {"fine": "absent", "organ": "liver"}
 BATCH = {"dataset_id": f"ds_{HEX}", "model": "absent", "kind": "segment"}
 MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/capabilities"): ("viewer", {}),
+    ("GET", "/projects"): ("viewer", {}),
+    ("POST", "/projects"): ("admin", {"json": {"name": "authz"}}),
+    ("GET", "/projects/{project_id}"): ("viewer", {}),
+    ("PATCH", "/projects/{project_id}"): ("admin", {"json": {}}),
     ("GET", "/volumes"): ("viewer", {}),
     ("POST", "/volumes"): ("annotator", {"content": b""}),
     ("GET", "/volumes/{volume_id}"): ("viewer", {}),
@@ -57,6 +61,13 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/batches/{batch_id}/table"): ("viewer", {}),
     ("POST", "/batches/{batch_id}:cancel"): ("annotator", {}),
     ("POST", "/batches/{batch_id}:retry"): ("annotator", {}),
+    ("POST", "/experiments"): ("researcher", {"json": {}}),
+    ("GET", "/experiments"): ("viewer", {}),
+    ("GET", "/experiments/{experiment_id}"): ("viewer", {}),
+    ("GET", "/experiments/{experiment_id}/trainings"): ("viewer", {}),
+    ("GET", "/experiments/{experiment_id}/report"): ("viewer", {}),
+    ("POST", "/experiments/{experiment_id}:extend"): ("researcher", {"json": {}}),
+    ("POST", "/experiments/{experiment_id}:cancel"): ("researcher", {}),
     ("GET", "/segmentations"): ("viewer", {}),
     ("POST", "/segmentations"): ("annotator", {"json": ASK}),
     ("GET", "/segmentations/{segmentation_id}"): ("viewer", {}),
@@ -72,6 +83,7 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
 }
 ROLES = ("viewer", "annotator", "researcher", "admin")
 IDS = {
+    "project_id": "prj_default",
     "volume_id": f"vol_{HEX}",
     "upload_id": f"upl_{HEX}",
     "dataset_id": f"ds_{HEX}",
@@ -79,6 +91,7 @@ IDS = {
     "segmentation_id": f"seg_{HEX}",
     "embedding_id": f"emb_{HEX}",
     "batch_id": f"bat_{HEX}",
+    "experiment_id": f"exp_{HEX}",
     "case": "case-1",
     "name": "absent",
     "version": 1,

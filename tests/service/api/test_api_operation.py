@@ -175,7 +175,10 @@ def test_more_waiting_runs_than_the_quota_are_refused_and_leave_nothing(own):
     assert int(refused.headers["retry-after"]) > 0
     assert (refused.json()["found"], refused.json()["limit"]) == (2, 2)
     assert api.counts() == before
-    assert api("POST", "/runs", role="researcher", json=training(api)).status_code == 202
+    assert api("POST", "/runs", role="researcher", json=training(api)).status_code == 429
+    elsewhere = {"PCRL-Project": api("POST", "/projects", json={"name": "other"}).json()["id"]}
+    passed = api("POST", "/runs", json=training(api), headers=elsewhere)
+    assert passed.status_code == 404  # its quota is its own; the dataset is not there
     first = api("GET", "/runs").json()["items"][-1]["id"]
     api("POST", f"/runs/{first}:cancel")
     assert api("POST", "/runs", json=training(api), headers=key).status_code == 202
@@ -190,12 +193,9 @@ def test_more_stored_bytes_than_the_quota_are_refused(own, scans):
 
     assert (again.status_code, again.json()["code"]) == (429, "quota_exceeded")
     assert (pieces.status_code, pieces.json()["code"]) == (429, "quota_exceeded")
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "Authorization": f"Bearer {api.tokens['researcher']}",
-    }
-    other = api.http.post("/api/v1/volumes", content=scans.labels, headers=headers)
-    assert other.status_code != 429  # another caller's quota is its own
+    more = {"max_stored_bytes": 10**9}
+    assert api("PATCH", "/projects/prj_default", json=more).json()["max_stored_bytes"] == 10**9
+    assert api("POST", "/uploads", json=announced).status_code == 201  # its own limit goes before
 
 
 def test_a_run_says_where_it_stands_and_what_it_needs(own):

@@ -2,7 +2,7 @@
 
 New tables only: the version before works on beside them.
 
-Revision: 0009, after 0008; 2026-11-29
+Revision: 0010, after 0009; 2026-11-29
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from alembic import op
 
 from service import db
 
-revision = "0009"
-down_revision = "0008"
+revision = "0010"
+down_revision = "0009"
 branch_labels = None
 depends_on = None
 
