@@ -1,4 +1,4 @@
-"""One project a session: what it may see and where its rows go, decided in one place (docs/adr/0014).
+"""One project a session (docs/adr/0014): what it may see and where its rows go, in one place.
 
 A session of `of_project` asks every SELECT, UPDATE and DELETE for its project, whoever wrote the
 statement: the tables are listed here (`OWNED`, `OWNER`), and a table in no list fails a test. What
