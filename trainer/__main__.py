@@ -29,7 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from imaging.datasets import READERS, Options
 from models.bundle import BundleError
 from models.experiment.plan import Plan
-from models.recipe import AnyRecipe, PretrainRecipe, PretrainRecipe2d, Recipe, SplitShares
+from models.recipe import AnyRecipe, ImageNet, PretrainRecipe, PretrainRecipe2d, Recipe, SplitShares
 from trainer import errors, launch
 from trainer.errors import DataError, TrainingError
 from trainer.report import Follower, Human, JsonLines, Report
@@ -141,7 +141,7 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
     recipe = None if args.command == "export" else read_recipe(args.recipe, args.command)
     import torch
 
-    from trainer import checkpoint, distributed, export, finetune, folder, pretrain
+    from trainer import checkpoint, distributed, export, finetune, folder, imagenet, pretrain
     from trainer.data.scans import discover
 
     if args.threads:
@@ -154,6 +154,13 @@ def _run(args: argparse.Namespace, report: Report, stop: _StopSignal) -> None:
     dims = recipe.network.dims
     if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
         scans = discover(args.scans, dims=dims)
+        if isinstance(recipe.method, ImageNet) and args.weights is not None:
+            assert isinstance(recipe, PretrainRecipe2d)
+            imagenet.run(
+                recipe, args.weights, scans, args.out, report,
+                device=device, run_id=args.run_id, cache=args.cache,
+            )  # fmt: skip
+            return
         with distributed.group(device.type) as device:
             pretrain.run(
                 recipe, scans, args.out, report,
@@ -275,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--processes", type=int, default=1, help="that share each batch; 0 is one a GPU"
             )
+            command.add_argument("--weights", type=Path, help="of ImageNet, for that method")
         else:
             command.add_argument("--parent", type=Path, help="bundle to start from")
         _add_common(command)

@@ -25,6 +25,7 @@ from models.recipe.finetune import (
     LabelledShare,
     SplitShares,
 )
+from models.recipe.imagenet import ImageNet
 from models.recipe.mae import Mae
 from models.recipe.method import MethodRecipe
 from models.recipe.methods import METHODS, AnyMethod
@@ -77,6 +78,7 @@ __all__ = [
     "Drops",
     "FinetuneRecipe",
     "ImageCrops",
+    "ImageNet",
     "ImageViews",
     "LabelCrop",
     "LabelName",

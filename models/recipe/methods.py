@@ -9,6 +9,7 @@ from pydantic import Discriminator, Tag
 
 from models.recipe.c2l import C2l
 from models.recipe.cpc3d import Cpc3d
+from models.recipe.imagenet import ImageNet
 from models.recipe.mae import Mae
 from models.recipe.method import MethodRecipe, Sections
 from models.recipe.models_genesis import ModelsGenesis
@@ -22,6 +23,7 @@ METHODS: Mapping[str, type[MethodRecipe]] = {
     "c2l": C2l,
     "rotnet": RotNet,
     "cpc3d": Cpc3d,
+    "imagenet": ImageNet,
     "mae": Mae,
     "models_genesis": ModelsGenesis,
     "rubiks_cube": RubiksCube,
@@ -52,6 +54,7 @@ AnyMethod = Annotated[
     | Annotated[C2l, Tag("c2l")]
     | Annotated[RotNet, Tag("rotnet")]
     | Annotated[Cpc3d, Tag("cpc3d")]
+    | Annotated[ImageNet, Tag("imagenet")]
     | Annotated[Mae, Tag("mae")]
     | Annotated[ModelsGenesis, Tag("models_genesis")]
     | Annotated[RubiksCube, Tag("rubiks_cube")]

@@ -209,6 +209,7 @@ def test_a_fine_tuning_starts_from_what_the_method_trained(
 def test_every_method_has_a_recipe_a_module_and_a_page() -> None:
     pages = Path(__file__).resolve().parents[2] / "docs" / "methods"
 
-    assert methods.METHODS.keys() == recipes.METHODS.keys()
-    assert all((pages / f"{name}.md").is_file() for name in methods.METHODS)
+    # ImageNet's weights are read, not trained (`trainer.imagenet`).
+    assert recipes.METHODS.keys() - methods.METHODS.keys() == {"imagenet"}
+    assert all((pages / f"{name}.md").is_file() for name in recipes.METHODS)
     assert all(kind.model_fields["name"].default == n for n, kind in recipes.METHODS.items())

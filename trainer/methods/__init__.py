@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.recipe import AnyPretrain
+from trainer.errors import DataError
 from trainer.methods.c2l import C2l
 from trainer.methods.cpc3d import Cpc3d
 from trainer.methods.mae import Mae
@@ -28,5 +29,11 @@ METHODS: Mapping[str, type[Method[Any, Any]]] = {
 
 
 def make(recipe: AnyPretrain) -> Method[Any, Any]:
-    """The recipe's method with random weights, in training."""
+    """The recipe's method with random weights, in training.
+
+    Raises:
+        DataError: `nothing_to_train`: weights from a file need no training (`trainer.imagenet`).
+    """
+    if recipe.method.name not in METHODS:
+        raise DataError("nothing_to_train", f"{recipe.method.name} is made by --weights FILE")
     return METHODS[recipe.method.name](recipe).train()
