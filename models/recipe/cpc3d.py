@@ -8,7 +8,6 @@ from pydantic import Field, PositiveInt
 
 from models.recipe.method import MethodRecipe, Sections, require_blocks, require_volumes
 from models.recipe.parts import Share
-from models.recipe.views import CropPairs
 
 Kept = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -61,10 +60,10 @@ class Cpc3d(MethodRecipe):
         """In 3D alone."""
         require_volumes(self.TITLE, dims)
 
-    def check_crops(self, crops: CropPairs) -> None:
+    def check_crops(self, size: tuple[int, ...]) -> None:
         """Patches fill the crop, in rows enough."""
-        require_blocks("patch_size", self.patch_size, crops.input_size)
-        rows = crops.input_size[0] // self.patch_size
+        require_blocks("patch_size", self.patch_size, size)
+        rows = size[0] // self.patch_size
         if rows < self.num_rows:
             raise ValueError(
                 f"context_rows and future_rows need {self.num_rows} rows of patches along I, "

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from models.recipe.parts import Part, Size
-from models.recipe.views import CropPairs
+from models.recipe.parts import Part
 
 Defaults = Mapping[str, object]
 
@@ -57,8 +56,11 @@ class MethodRecipe(Part):
             ValueError: Says what.
         """
 
-    def check_crops(self, crops: CropPairs) -> None:
-        """Refuse crops in 3D that the method cannot use.
+    def check_crops(self, size: tuple[int, ...]) -> None:
+        """Refuse crops that the method cannot use.
+
+        Args:
+            size: Extents of the network's input, two or three.
 
         Raises:
             ValueError: Says what.
@@ -75,7 +77,7 @@ def require_volumes(title: str, dims: Literal[2, 3]) -> None:
         raise ValueError(f"{title} is for volumes alone, and the network is in 2D")
 
 
-def require_blocks(name: str, side: int, size: Size) -> None:
+def require_blocks(name: str, side: int, size: tuple[int, ...]) -> None:
     """Refuse blocks that do not fill a crop.
 
     Raises:

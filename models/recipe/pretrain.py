@@ -80,7 +80,7 @@ class PretrainRecipe(_Pretraining):
             window = self.preprocessing.intensity
             if not isinstance(window, Window) or not window.low_hu < TISSUE_HU < window.high_hu:
                 raise ValueError(f"max_tissue needs a window that contains {TISSUE_HU} HU")
-        self.method.check_crops(self.crops)
+        self.method.check_crops(self.crops.input_size)
         return self
 
 
@@ -95,3 +95,8 @@ class PretrainRecipe2d(_Pretraining):
     batch_size: Annotated[int, Field(ge=2)] = 256
 
     DIMS: ClassVar[Literal[2, 3]] = 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self.method.check_crops((self.crops.input_size, self.crops.input_size))
+        return self

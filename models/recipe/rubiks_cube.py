@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from models.recipe.method import MethodRecipe, Sections, require_blocks, require_volumes
-from models.recipe.views import CropPairs
 
 
 class RubiksCube(MethodRecipe):
@@ -59,6 +58,6 @@ class RubiksCube(MethodRecipe):
         """In 3D alone."""
         require_volumes(self.TITLE, dims)
 
-    def check_crops(self, crops: CropPairs) -> None:
+    def check_crops(self, size: tuple[int, ...]) -> None:
         """Sub-volumes or slabs fill the crop."""
-        require_blocks("side", self.side, crops.input_size)
+        require_blocks("side", self.side, size)

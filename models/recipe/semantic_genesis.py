@@ -9,7 +9,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from models.recipe.method import MethodRecipe, Sections, require_volumes
 from models.recipe.models_genesis import GENESIS_CROPS
 from models.recipe.parts import Share, Size
-from models.recipe.views import CropPairs
 
 VERSION_SIDES = range(50, 80, 2)
 
@@ -86,7 +85,7 @@ class SemanticGenesis(MethodRecipe):
         """In 3D alone."""
         require_volumes(self.TITLE, dims)
 
-    def check_crops(self, crops: CropPairs) -> None:
+    def check_crops(self, size: tuple[int, ...]) -> None:
         """The autoencoder halves three times."""
-        if any(size % 8 for size in self.autoencoder_size):
+        if any(extent % 8 for extent in self.autoencoder_size):
             raise ValueError(f"autoencoder_size {self.autoencoder_size} must be multiples of 8")

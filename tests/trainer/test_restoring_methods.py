@@ -159,7 +159,7 @@ def recipe_2d(**method: Any) -> PretrainRecipe2d:
             "network": {"kind": "resnet18_unet2d", "width": 8},
             "preprocessing": {"size": 64},
             "crops": {"input_size": 32},
-            "method": {"name": "models_genesis", "shuffle_windows": 50, **method},
+            "method": {"name": "models_genesis", **method},
             "num_steps": 6,
             "batch_size": 4,
         }
@@ -167,7 +167,7 @@ def recipe_2d(**method: Any) -> PretrainRecipe2d:
 
 
 def test_models_genesis_in_2d_restores_normalised_images_and_paints_all_colours_alike() -> None:
-    recipe = recipe_2d(paint_probability=1.0)
+    recipe = recipe_2d(paint_probability=1.0, shuffle_windows=50)
     method = methods.make(recipe)
 
     views = method.make_views(images(), None, 1)
@@ -207,6 +207,19 @@ def test_mae_sees_nothing_of_what_it_is_asked_for() -> None:
     assert torch.equal(seen[0][~views.is_hidden], views.clean[~views.is_hidden])
     squared = (torch.sigmoid(method.student(seen[0])) - views.clean) ** 2
     torch.testing.assert_close(loss, squared[views.is_hidden].mean())
+
+
+def test_mae_in_2d_hides_blocks_of_all_colours() -> None:
+    method = methods.make(recipe_2d(name="mae", block_size=8))
+    views = method.make_views(images(), None, 1)
+
+    loss = method.losses(views).total
+
+    assert views.is_hidden.shape == (4, 1, 32, 32)
+    assert views.is_hidden.float().mean() == 0.75
+    hidden = views.is_hidden.expand(-1, 3, -1, -1)
+    squared = (method.student(views.clean.masked_fill(hidden, 0.0)) - views.clean) ** 2
+    torch.testing.assert_close(loss, squared[hidden].mean())
 
 
 @pytest.mark.parametrize("contrast", ["info_nce", "pairs"])
@@ -315,6 +328,11 @@ def test_more_classes_than_there_is_room_for_are_refused() -> None:
 
     with pytest.raises(DataError, match="room for 1 classes"):
         method.prepare(resident, sampler, Quiet(), lambda: False)
+
+
+def test_blocks_that_do_not_fill_an_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="block_size 5 divides not every extent"):
+        recipe_2d(name="mae", block_size=5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A masked autoencoder on the 3D U-Net: restore the blocks that it does not see.
+"""A masked autoencoder on the U-Net: restore the blocks that it does not see.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, as the convolutional
 baseline of nnssl (Wald et al., "An OpenMind for 3D Medical Vision Self-supervised Learning", ICCV
@@ -31,7 +31,10 @@ from trainer.randomness import generator
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """Crops, and which voxels of them are hidden (bool), (B, 1, I, J, K) each."""
+    """Crops and which voxels of them are hidden (bool), (B, 1, I, J, K) each.
+
+    In 2D images, (B, 3, I, J), and pixels, (B, 1, I, J).
+    """
 
     clean: Tensor
     is_hidden: Tensor
@@ -42,20 +45,20 @@ class Mae(Method[Masked, Losses]):
 
     def __init__(self, recipe: AnyPretrain) -> None:
         super().__init__(recipe)
-        assert isinstance(recipe, PretrainRecipe) and isinstance(recipe.method, recipes.Mae)
+        assert isinstance(recipe.method, recipes.Mae)
         self.spec = recipe.method
-        self.student = build_student(recipe, fused=recipe.fused)
+        fused = isinstance(recipe, PretrainRecipe) and recipe.fused
+        self.student = build_student(recipe, fused=fused)
 
     def make_views(
         self, volumes: Resident | ResidentImages, sampler: PairSampler | None, step: int
     ) -> Masked:
         """Crops, and blocks to hide."""
         recipe, spec = self.recipe, self.spec
-        assert isinstance(recipe, PretrainRecipe)
         clean, _ = make_crops(recipe, volumes, sampler, step)
         mask = masking.draw_mask(
             recipe.batch_size,
-            recipe.crops.input_size,
+            tuple(clean.shape[2:]),
             spec.block_size,
             spec.mask_ratio,
             generator(recipe.seed, step, "mask"),
