@@ -64,6 +64,13 @@ class NonFiniteLossError(TrainingError):
         self.step = step
 
 
+class CollapsedError(TrainingError):
+    """The features no longer tell one crop from another, and the recipe ends the run for it."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__("collapsed", f"the features collapsed by step {step}")
+
+
 class ParityError(TrainingError):
     """ONNX and torch disagree; no bundle is written."""
 

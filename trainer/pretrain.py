@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.recipe import TISSUE_HU, AnyPretrain, PretrainRecipe, PretrainRecipe2d, Window
-from trainer import checkpoint, distributed, export, folder, launch, methods
+from trainer import checkpoint, distributed, export, folder, health, launch, methods
 from trainer.build import lay_out
 from trainer.data import sampling
 from trainer.data.cache import Case, VolumeCache
@@ -22,7 +22,7 @@ from trainer.data.images2d import ResidentImages, load_images
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import PairSampler
 from trainer.data.scans import ScanSet
-from trainer.errors import DataError, NonFiniteLossError, Preempted
+from trainer.errors import CollapsedError, DataError, NonFiniteLossError, Preempted
 from trainer.folder import ShouldStop
 from trainer.report import Report
 
@@ -57,6 +57,7 @@ def run(
         DataError: Scans that cannot be trained on, or a batch that the ranks cannot share.
         Preempted: Stopped on request.
         NonFiniteLossError: The loss is not finite.
+        CollapsedError: The features collapsed, and the recipe ends the run for it.
         DiskFullError: No room for a checkpoint.
         ParityError: ONNX and torch disagree.
     """
@@ -95,6 +96,9 @@ def run(
     # first bad step is remembered on the device.
     bad_step = torch.full((), -1, dtype=torch.long, device=device)
     watch_every = recipe.log_every if device.type == "cuda" else 1
+    watch = None
+    if 0 < recipe.health.every <= recipe.num_steps:
+        watch = health.Watch(volumes, recipe, out, report, device)
     window_start, window_s = start, time.monotonic()
     report.progress("pretrain", start, recipe.num_steps)
     for step in range(start + 1, recipe.num_steps + 1):
@@ -120,6 +124,10 @@ def run(
             report.progress("pretrain", step, recipe.num_steps)
         if is_saved and distributed.is_first():
             save(step)
+        if watch is not None and step % recipe.health.every == 0:
+            collapsed = distributed.is_first() and watch.look(method, step)
+            if recipe.health.stop_on_collapse and distributed.any_rank(collapsed):
+                raise CollapsedError(step)
         if stops and step < recipe.num_steps:
             raise Preempted(step)
 

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from models.recipe.health import Health
 from models.recipe.methods import AnyMethod, defaults_of
 from models.recipe.optimizer import Optimizer
 from models.recipe.parts import (
@@ -40,7 +41,9 @@ class _Pretraining(Part):
     optimizer: Optimizer = Optimizer()
     """Of which rate, momentum and decay are given above."""
 
-    ADDED: ClassVar[Mapping[str, object]] = {"optimizer": Optimizer()}
+    health: Health = Health()
+
+    ADDED: ClassVar[Mapping[str, object]] = {"optimizer": Optimizer(), "health": Health()}
     DIMS: ClassVar[Literal[2, 3]] = 3
 
     @model_validator(mode="before")

@@ -22,6 +22,7 @@ from trainer.data.resident import Resident, Size
 from trainer.data.scan_set import ScanFile, ScanSet
 from trainer.errors import DataError
 from trainer.probes import examples
+from trainer.probes.crops import lively_crops
 from trainer.probes.encoders import features_of, load_encoder, random_encoder
 from trainer.probes.linear import Accuracy, accuracy, fit, is_right
 from trainer.randomness import generator
@@ -32,7 +33,6 @@ NUM_CLASSES: Mapping[Probe, int] = {
     "rotation": examples.NUM_TURNS, "position": len(examples.NEIGHBOURS),
 }  # fmt: skip
 CROPS_PER_SCAN = 8
-_CANDIDATES = 4
 ROTATED_3D: Size = (32, 32, 32)
 """Voxels of a turned crop, along I and J alike."""
 
@@ -128,27 +128,6 @@ def owners(probe: Probe, patients: Sequence[str]) -> list[str]:
     return [patient for patient in patients for _ in range(NUM_CLASSES[probe])]
 
 
-def lively_crops(volumes: Resident, num: int, size: Size, random: torch.Generator) -> Tensor:
-    """`num` crops (num, 1, I, J, K) of each volume in turn, each the most varied of four drawn.
-
-    Most of a scan is air or table, where nothing tells up from down.
-    """
-    which = torch.arange(len(volumes.shapes)).repeat_interleave(num)
-    best = None
-    for _ in range(_CANDIDATES):
-        room = volumes.shapes[which] - torch.tensor(size) + 1  # (N, 3)
-        start = (torch.rand(len(which), 3, generator=random) * room).long()
-        crops = volumes.crop(which, start, size).float().cpu()
-        spread = crops.flatten(1).std(dim=1)
-        if best is None:
-            best, most = crops, spread
-            continue
-        wins = spread > most
-        best[wins], most = crops[wins], torch.maximum(spread, most)
-    assert best is not None
-    return best[:, None]
-
-
 def _judge(
     seen: tuple[Tensor, Tensor], asked: tuple[Tensor, Tensor], patients: Sequence[str]
 ) -> Accuracy:
@@ -179,7 +158,8 @@ def _crops(scan: ScanFile, case: Case, size: Size, seed: int) -> Tensor:
     volume = Resident.of(
         [np.asarray(case.image)], fill=[case.background], at_least=size, device=torch.device("cpu")
     )
-    return lively_crops(volume, CROPS_PER_SCAN, size, generator(seed, 0, f"crops of {scan.id}"))
+    which = torch.zeros(CROPS_PER_SCAN, dtype=torch.long)
+    return lively_crops(volume, which, size, generator(seed, 0, f"crops of {scan.id}"))
 
 
 def _shown(found: Accuracy) -> dict[str, object]:
