@@ -221,7 +221,7 @@ def to_onnx(network: nn.Module, path: Path, manifest: Manifest, facts: dict[str,
         for tensor in (*manifest.inputs, *manifest.outputs)
     }
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # that it is the older exporter: ADR 0013
+        warnings.simplefilter("ignore")  # that it is the older exporter: ADR 0015
         torch.onnx.export(
             network,
             (example,),
