@@ -221,4 +221,5 @@ def test_resamples_taken_in_blocks_are_the_same(monkeypatch):
 
     monkeypatch.setattr(statistics, "BLOCK_VALUES", 15 * 7)
 
-    assert interval([run]) == whole
+    blocks = interval([run])
+    assert (blocks.low, blocks.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
