@@ -11,12 +11,14 @@ a run, and by upkeep, which finds what a killed process left undone.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -30,6 +32,7 @@ from service.db import (
     Cursor,
     Experiment,
     ExperimentCell,
+    ModelVersion,
     Page,
     Run,
     RunState,
@@ -40,6 +43,8 @@ from service.db import (
 )
 from service.errors import ServiceError
 from service.storage import Store
+
+logger = logging.getLogger(__name__)
 
 PRIORITY = -10
 """Of a training: a worker takes any single request before it."""
@@ -182,20 +187,17 @@ def advance(session: Session, experiment_id: str) -> list[Run]:
     The experiment's row is locked meanwhile: of two who advance at once the second finds the runs
     of the first. Nothing is made twice and, since the rows alone decide, nothing is forgotten.
     """
-    experiment = session.scalars(
-        select(Experiment)
-        .where(Experiment.id == experiment_id)
-        .with_for_update()
-        .execution_options(populate_existing=True)
-    ).one_or_none()
-    if experiment is None:
+    experiment = _locked(session, experiment_id)
+    try:
+        plan = plan_of(experiment)
+    except ValidationError:  # of a newer version; nobody's loop may end by it
+        logger.warning("experiment %s has a plan of another version", experiment_id)
         return []
     with within(session, experiment.project_id):  # a worker's and upkeep's session is of all
-        return _advanced(session, experiment)
+        return _advanced(session, experiment, plan)
 
 
-def _advanced(session: Session, experiment: Experiment) -> list[Run]:
-    plan = plan_of(experiment)
+def _advanced(session: Session, experiment: Experiment, plan: Plan) -> list[Run]:
     found = {one.cell.key: one for one in standings(session, experiment)}
     made = []
     for key, one in found.items():  # pretrainings come before what needs them
@@ -213,7 +215,11 @@ def _advanced(session: Session, experiment: Experiment) -> list[Run]:
         if parent is not None and parent.state in TERMINAL - {RunState.SUCCEEDED}:
             row.error = _pretraining_failed(parent)
         elif parent is None or parent.state == RunState.SUCCEEDED:
-            run = _train(session, experiment, plan, one.cell, parent)
+            encoder = _encoder(session, parent)
+            if parent is not None and encoder is None:
+                row.error = {"code": "pretraining_failed", "detail": "its encoder is gone"}
+                continue
+            run = _train(session, experiment, plan, one.cell, encoder)
             row.run_id, row.tries = run.id, row.tries + 1
             made.append(run)
     session.flush()
@@ -242,7 +248,7 @@ def cancel(session: Session, experiment_id: str) -> None:
     Raises:
         ServiceError: 404 `not_found`; 409 `run_already_ended` if all have ended.
     """
-    experiment = get(session, experiment_id)
+    experiment = _locked(session, experiment_id)
     found = standings(session, experiment)
     if summary(experiment, found).finished_at is not None:
         raise ServiceError(409, "run_already_ended", "every training has ended already")
@@ -281,7 +287,7 @@ def extend(
     Raises:
         ServiceError: 404 `not_found`; 409 `experiment_canceled`; 422 `invalid_request`.
     """
-    experiment = get(session, experiment_id)
+    experiment = _locked(session, experiment_id)
     if experiment.canceled_at is not None and not retry:
         raise ServiceError(
             409, "experiment_canceled", "the experiment was canceled; ask with retry to go on"
@@ -339,14 +345,35 @@ def _outcome(one: Standing, files: Mapping[str, str], store: Store) -> Outcome:
     return Outcome("canceled" if one.state == RunState.CANCELED else "open", reason=reason)
 
 
+def _locked(session: Session, experiment_id: str) -> Experiment:
+    """An experiment whose row is ours until the commit: plans change one after the other.
+
+    Raises:
+        ServiceError: 404 `not_found`.
+    """
+    experiment = session.scalars(
+        select(Experiment)
+        .where(Experiment.id == experiment_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    if experiment is None:
+        raise ServiceError(404, "not_found", "no experiment has this id")
+    return experiment
+
+
+def _encoder(session: Session, parent: Standing | None) -> ModelVersion | None:
+    """What a pretraining that has succeeded registered."""
+    if parent is None:
+        return None
+    assert parent.run is not None  # it has succeeded
+    return registry.of_run(session, parent.run.id)
+
+
 def _train(
-    session: Session, experiment: Experiment, plan: Plan, cell: Cell, parent: Standing | None
+    session: Session, experiment: Experiment, plan: Plan, cell: Cell, encoder: ModelVersion | None
 ) -> Run:
     """A run of a cell; its model's name holds the experiment's id, so it meets no other."""
-    encoder = None
-    if parent is not None:
-        assert parent.run is not None  # it has succeeded
-        encoder = registry.of_run(session, parent.run.id)
     stem = f"{experiment.id[:12]}.{cell.method}"
     is_encoder = cell.kind == "pretrain"
     return runs.create(
@@ -355,7 +382,7 @@ def _train(
         spec={
             "recipe": recipe_of(plan, cell).model_dump(mode="json"),
             "parent": encoder.digest if encoder is not None else None,
-            "parent_ref": parent.run.id if parent is not None and parent.run is not None else None,
+            "parent_ref": encoder.run_id if encoder is not None else None,
             "model_name": f"{stem}.encoder" if is_encoder else stem,
             "experiment": {"id": experiment.id, "cell": cell.key},
         },

@@ -234,6 +234,33 @@ def test_a_failed_pretraining_fails_what_needs_it_with_the_reason(session, store
     assert set(states(session, made).values()) == {"succeeded"}
 
 
+def test_without_its_encoder_a_finetuning_fails_and_never_starts_from_nothing(
+    session, store, world
+):
+    made, _ = create(session, world)
+    lease = runs.claim(session, None, "train", "w")
+    key = lease.spec["experiment"]["cell"]
+    _succeed(session, store, lease, key, 0.5)
+    session.execute(db.ModelVersion.__table__.delete())
+    session.commit()
+
+    experiments.advance_after(session, lease.run_id)
+
+    tuned = f"finetune/pcrl/50%/{key.rpartition('/')[2]}"
+    assert states(session, made)[tuned] == "failed"
+
+
+def test_a_plan_of_a_newer_version_stops_nobody(session, sessions, store, world, caplog):
+    made, _ = create(session, world)
+    made.plan = {**made.plan, "of_a_newer_version": 1}
+    session.add(db.ExperimentCell(experiment_id=made.id, key="x"))
+    session.commit()
+
+    upkeep.plan(sessions)
+
+    assert "a plan of another version" in caplog.text
+
+
 def test_a_canceled_experiment_begins_nothing_and_keeps_what_is_done(session, store, world):
     made, _ = create(session, world)
     (first,) = work(session, store, limit=1)
