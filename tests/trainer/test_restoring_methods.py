@@ -1,5 +1,7 @@
 """Models Genesis, MAE, 3D-CPC, Rubik's Cube++, Semantic Genesis: targets and losses."""
 
+import copy
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
+from PIL import Image
 
 from models.recipe import PretrainRecipe, PretrainRecipe2d
 from trainer import checkpoint, launch, methods, pretrain
@@ -387,3 +390,40 @@ def test_methods_of_one_process_refuse_two(name: str) -> None:
         launch.check(recipe_of(name), 2)
     launch.check(recipe_of(name), 1)
     launch.check(recipe_of("mae"), 2)
+
+
+FILMS = Path(__file__).resolve().parents[2] / "../shared/data/cxr_nih1000_64/trainval.zip"
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [
+        ({"name": "models_genesis", "shuffle_windows": 50}, 0.1),
+        ({"name": "mae", "block_size": 8}, 0.003),
+    ],
+)
+def test_a_short_run_in_2d_lowers_the_loss_on_real_films(
+    method: dict[str, Any], rate: float
+) -> None:
+    if not FILMS.is_file():
+        pytest.skip("../shared/data is absent")
+    with zipfile.ZipFile(FILMS) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".png"))[:32]
+        squares = [np.asarray(Image.open(archive.open(name)).convert("L")) for name in names]
+    films = ResidentImages.of([square.copy() for square in squares], device=CPU)
+    recipe = recipe_2d(**method).model_copy(update={"num_steps": 30, "learning_rate": rate})
+    torch.manual_seed(0)
+    trained = methods.make(recipe)
+
+    def loss() -> float:
+        """Of batches that the run does not see, on a copy."""
+        judged = copy.deepcopy(trained)
+        with torch.no_grad():
+            batches = [trained.make_views(films, None, 1000 + n) for n in range(4)]
+            return float(np.mean([float(judged.losses(batch).total) for batch in batches]))
+
+    before, descent = loss(), trained.descent(CPU)
+    for step in range(1, recipe.num_steps + 1):
+        descent.step(trained.make_views(films, None, step), step)
+
+    assert loss() < before
