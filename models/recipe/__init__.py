@@ -53,6 +53,7 @@ from models.recipe.parts import (
     ZScore,
 )
 from models.recipe.pcrl import Contrast, Pcrl, Pushed, Reconstruction
+from models.recipe.pcrlv2 import PcrlV2
 from models.recipe.pretrain import PretrainRecipe, PretrainRecipe2d
 from models.recipe.rotnet import RotNet
 from models.recipe.rubiks_cube import RubiksCube
@@ -92,6 +93,7 @@ __all__ = [
     "OwnRange",
     "Part",
     "Pcrl",
+    "PcrlV2",
     "Percentiles",
     "Postprocess",
     "Preprocessing",

@@ -14,6 +14,7 @@ from models.recipe.mae import Mae
 from models.recipe.method import MethodRecipe, Sections
 from models.recipe.models_genesis import ModelsGenesis
 from models.recipe.pcrl import Pcrl
+from models.recipe.pcrlv2 import PcrlV2
 from models.recipe.rotnet import RotNet
 from models.recipe.rubiks_cube import RubiksCube
 from models.recipe.semantic_genesis import SemanticGenesis
@@ -21,6 +22,7 @@ from models.recipe.semantic_genesis import SemanticGenesis
 METHODS: Mapping[str, type[MethodRecipe]] = {
     "pcrl": Pcrl,
     "c2l": C2l,
+    "pcrlv2": PcrlV2,
     "rotnet": RotNet,
     "cpc3d": Cpc3d,
     "imagenet": ImageNet,
@@ -52,6 +54,7 @@ def defaults_of(given: object) -> Sections:
 AnyMethod = Annotated[
     Annotated[Pcrl, Tag("pcrl")]
     | Annotated[C2l, Tag("c2l")]
+    | Annotated[PcrlV2, Tag("pcrlv2")]
     | Annotated[RotNet, Tag("rotnet")]
     | Annotated[Cpc3d, Tag("cpc3d")]
     | Annotated[ImageNet, Tag("imagenet")]

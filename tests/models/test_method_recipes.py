@@ -34,7 +34,7 @@ def test_a_method_without_a_name_is_pcrl() -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValidationError, match="'pcrl', 'c2l', 'rotnet'"):
+    with pytest.raises(ValidationError, match="'pcrl', 'c2l', 'pcrlv2', 'rotnet'"):
         PretrainRecipe.model_validate({"method": {"name": "magic"}})
     with pytest.raises(ValidationError, match="name"):
         PretrainRecipe.model_validate({"method": {"name": ["pcrl"]}})

@@ -67,6 +67,15 @@ TINY: dict[str, dict[str, Any]] = {
         "learning_rate": 0.01,
         "num_steps": 30,
     },
+    "pcrlv2": {
+        "method": {
+            "name": "pcrlv2",
+            "num_locals": 2,
+            "local_sizes": [[16, 16, 16], [8, 8, 8]],
+            "local_input_size": [8, 8, 8],
+        },
+        "num_steps": 8,
+    },
     "contra_loss": {
         "method": {"preset": "contra_loss", "embedding_size": 8, "queue_size": 40},
         "batch_size": 8,
@@ -192,7 +201,9 @@ def test_a_fine_tuning_starts_from_what_the_method_trained(
     )
     state = checkpoint.load_newest(tmp_path / "checkpoints")
     assert state is not None
-    asked: FinetuneRecipe = finetune_recipe.model_copy(update={"transfer": "all"})
+    asked: FinetuneRecipe = finetune_recipe.model_copy(
+        update={"transfer": "all" if recipe.method.has_skips else "encoder"}
+    )
     network = build(asked, fused=False)
 
     taken = load_parent(network, folder, asked)
@@ -200,7 +211,8 @@ def test_a_fine_tuning_starts_from_what_the_method_trained(
     stem = "encoder.down64.first.conv.weight"
     assert torch.equal(network.state_dict()[stem], state["method"][f"student.{stem}"])
     has_decoder = any(name.startswith("decoder.") for name in taken.loaded)
-    assert has_decoder == recipe.method.trains_decoder
+    # A decoder without skips has no place in the fine-tuning network, which has them.
+    assert has_decoder == (recipe.method.trains_decoder and recipe.method.has_skips)
     assert any(name.startswith("decoder.") for name in taken.fresh) != has_decoder
     exported = export.restore(state, recipe).state_dict()
     assert all(torch.equal(v, state["method"][f"student.{k}"]) for k, v in exported.items())

@@ -11,6 +11,7 @@ from trainer.methods.mae import Mae
 from trainer.methods.method import Method
 from trainer.methods.models_genesis import ModelsGenesis
 from trainer.methods.pcrl import Pcrl
+from trainer.methods.pcrlv2 import PcrlV2
 from trainer.methods.rotnet import RotNet
 from trainer.methods.rubiks_cube import RubiksCube
 from trainer.methods.semantic_genesis import SemanticGenesis
@@ -18,6 +19,7 @@ from trainer.methods.semantic_genesis import SemanticGenesis
 METHODS: Mapping[str, type[Method[Any, Any]]] = {
     "pcrl": Pcrl,
     "c2l": C2l,
+    "pcrlv2": PcrlV2,
     "rotnet": RotNet,
     "cpc3d": Cpc3d,
     "mae": Mae,
