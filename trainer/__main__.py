@@ -183,7 +183,9 @@ def _list_dataset(args: argparse.Namespace, report: Report) -> None:
 
     options = Options(args.channel, args.uncertain, args.unmentioned, args.views)
     shares = SplitShares(seed=args.seed)
-    found = write_list(args.kind, args.folder, args.out, options, shares, report)
+    found = write_list(
+        args.kind, args.folder, args.out, options=options, shares=shares, report=report
+    )
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 

@@ -2,9 +2,9 @@
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
 plane (one 2D interpolation with the slices as channels), or about all axes with a scaling (along K,
-then in each slice). The corrupted view is the clean one painted (boolean boxes) and blurred (one matrix
-an axis), in the order in which the paper lists them. The blur has its own matrices because the
-clean view, the target, must not have it.
+then in each slice). The corrupted view is the clean one painted (boolean boxes) and blurred (one
+matrix an axis), in the order in which the paper lists them. The blur has its own matrices because
+the clean view, the target, must not have it.
 
 Clean views are indexed (B, 1, I, J, K) but lie in memory slice after slice, K before I and J: the
 rotation and the products along the axes need no copy then.
@@ -225,18 +225,14 @@ def uniform_noise(shape: Sequence[int], random: torch.Generator) -> Tensor:
     return bits[:num].float().add_(32768.5).div_(65536).reshape(tuple(shape))
 
 
-def noise_share(
-    corruption: Corruption, shape: torch.Size, device: torch.device = HOST
-) -> Tensor:
+def noise_share(corruption: Corruption, shape: torch.Size, device: torch.device = HOST) -> Tensor:
     """1 where the painting puts noise, else 0; float32 (B, I, J, K)."""
     kind = to_device(corruption.painting, device)[:, None, None, None]
     inside = inside_boxes(corruption, shape, device)
     return inside.mul_(kind != NONE).sub_((kind == OUTPAINT).float()).abs_()
 
 
-def inside_boxes(
-    corruption: Corruption, shape: torch.Size, device: torch.device = HOST
-) -> Tensor:
+def inside_boxes(corruption: Corruption, shape: torch.Size, device: torch.device = HOST) -> Tensor:
     """1 in voxels that lie in at least one box, else 0; float32 (B, I, J, K)."""
     start, size = (to_device(x, device) for x in (corruption.box_start, corruption.box_size))
     i, j, k = intervals(start, size, shape)  # (B, N, n) each
@@ -395,8 +391,12 @@ def apply_indicators(x: Tensor, indicator: Tensor) -> Tensor:
     turns = indicator[:, 3:].argmax(dim=1).to(device)[:, None, None]
     position = torch.arange(n, device=device)
     i, j = position[None, :, None], position[None, None, :]
-    from_i = torch.where(turns == 0, i, torch.where(turns == 1, j, torch.where(turns == 2, n - 1 - i, n - 1 - j)))
-    from_j = torch.where(turns == 0, j, torch.where(turns == 1, n - 1 - i, torch.where(turns == 2, n - 1 - j, i)))
+    from_i = torch.where(
+        turns == 0, i, torch.where(turns == 1, j, torch.where(turns == 2, n - 1 - i, n - 1 - j))
+    )
+    from_j = torch.where(
+        turns == 0, j, torch.where(turns == 1, n - 1 - i, torch.where(turns == 2, n - 1 - j, i))
+    )
     from_i = torch.where(flips[:, 0, None, None], n - 1 - from_i, from_i)  # (B, I, J)
     from_j = torch.where(flips[:, 1, None, None], n - 1 - from_j, from_j)
     slices = torch.arange(depth, device=device)[None, :]

@@ -125,9 +125,7 @@ def draw_outpainting(views: ImageViews, batch_size: int, random: torch.Generator
     return torch.rand(batch_size, generator=random) < views.outpaint_probability
 
 
-def draw_corruption(
-    views: ImageViews, outpainted: Tensor, random: torch.Generator
-) -> Corruption2d:
+def draw_corruption(views: ImageViews, outpainted: Tensor, random: torch.Generator) -> Corruption2d:
     """Windows or holes, blur and colours of one view.
 
     A hole is a square about a uniform pixel, so it may hang over the border (Cutout).
@@ -312,7 +310,5 @@ def _along_both(x: Tensor, along_rows: Tensor, along_columns: Tensor) -> Tensor:
     return along_rows[:, None] @ x @ along_columns.mT[:, None]
 
 
-def _uniform(
-    shape: tuple[int, ...], low: float, high: float, random: torch.Generator
-) -> Tensor:
+def _uniform(shape: tuple[int, ...], low: float, high: float, random: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=random, dtype=torch.float64)

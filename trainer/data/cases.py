@@ -98,4 +98,6 @@ def check_members(
         report.log("warning", f"{name} has a single training example: scan {train[0]}")
     for split in SPLITS[1:]:
         if len(members[split]) == 1:
-            report.log("warning", f"{name} has a single example in {split}: scan {members[split][0]}")
+            report.log(
+                "warning", f"{name} has a single example in {split}: scan {members[split][0]}"
+            )

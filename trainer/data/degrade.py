@@ -67,9 +67,7 @@ def degrade(view: Tensor, drawn: Degradation, patch: Size, random: torch.Generat
         to_device(x, view.device)
         for x in (drawn.sigma, drawn.noise_std, drawn.log_gamma, drawn.order)
     )
-    matrices = [
-        blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(view.shape[2:])
-    ]
+    matrices = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(view.shape[2:])]
     x = along_axes(view[:, 0], matrices)
     noise = torch.randn(x.shape, generator=random, device=x.device)
     x = x + noise * std[:, None, None, None]

@@ -26,7 +26,6 @@ from trainer.errors import DataError
 from trainer.randomness import generator
 from trainer.report import Report
 
-
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """From a step to the examples of its batch (B,) and their network input (B, C, ...)."""
 
@@ -120,8 +119,8 @@ class IndexSampler:
     def draw_index(self, batch_size: int, step: int, random: torch.Generator) -> Tensor:
         """Draw the examples of one batch, (B,).
 
-            balanced, for each sample: its label in turn; with or without it by a coin;
-            then one of those examples, each as likely
+        balanced, for each sample: its label in turn; with or without it by a coin;
+        then one of those examples, each as likely
         """
         u = torch.rand(batch_size, generator=random, dtype=torch.float64)
         coin = torch.randint(2, (batch_size,), generator=random)

@@ -121,7 +121,6 @@ class ResidentImages:
         chosen = self.pixels[to_device(index, self.pixels.device)].float()
         return chosen / 255.0 if self.pixels.dtype == torch.uint8 else chosen
 
-
     def inputs(self, index: Tensor, spec: Preprocessing2d) -> Tensor:
         """Network input (B, 3, S, S) of whole images, as serving makes it."""
         return as_channels(self.take(index), spec.normalisation)

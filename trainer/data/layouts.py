@@ -31,7 +31,13 @@ SCANS, FILES, CHANNELS = "scans.json", "files.csv", "channels"
 
 
 def write_list(
-    kind: str, folder: Path, out: Path, options: Options, shares: SplitShares, report: Report
+    kind: str,
+    folder: Path,
+    out: Path,
+    *,
+    options: Options,
+    shares: SplitShares,
+    report: Report,
 ) -> dict[str, object]:
     """Write the list of a data set's scans.
 

@@ -55,7 +55,9 @@ class Resident:
         """Lay out volumes (I, J, K), each padded evenly with its own `fill` (bug B6)."""
         parts, shapes, margins = [], [], []
         for volume, value in zip(volumes, fill, strict=True):
-            missing = [max(0, least - have) for least, have in zip(at_least, volume.shape, strict=True)]
+            missing = [
+                max(0, least - have) for least, have in zip(at_least, volume.shape, strict=True)
+            ]
             pads = [(gap // 2, gap - gap // 2) for gap in missing]
             padded = np.pad(volume, pads, constant_values=volume.dtype.type(value))
             parts.append(torch.from_numpy(padded.reshape(-1)))

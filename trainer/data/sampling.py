@@ -1,7 +1,7 @@
 """Where crops are cut, drawn as numbers before any voxel moves.
 
-Pretraining: pairs that overlap by more than `min_iou`, of equal size (paper section 7) or not. Fine-tuning:
-patches of which a share is centred on a labelled voxel, the classes taking turns.
+Pretraining: pairs that overlap by more than `min_iou`, of equal size (paper section 7) or not.
+Fine-tuning: patches of which a share is centred on a labelled voxel, the classes taking turns.
 
 B samples, V volumes, I J K voxels of the padded grid.
 """

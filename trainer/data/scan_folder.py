@@ -186,4 +186,3 @@ def _point_of(place: Sequence[str], line: int) -> Point | None:
     if not all(math.isfinite(value) for value in (x, y, z)):
         raise DataError("bad_scan_list", f"{TABLE}, line {line}: no place in mm: {list(place)}")
     return x, y, z
-

@@ -83,9 +83,7 @@ def shuffle_some(
         every = is_chosen.nonzero()[:, 0]
         at_once = AT_ONCE if device.type == "cpu" else len(every)
         for at in torch.split(every, at_once) if len(every) else ():
-            windows = draw_windows(
-                shape, len(at), on_host, on_device, num_windows=num_windows
-            )
+            windows = draw_windows(shape, len(at), on_host, on_device, num_windows=num_windows)
             read_from = _read_from(windows, offsets, shape, num_views=len(at))
             there = to_device(at, device)
             moved = flat.index_select(0, there).flatten().index_select(0, read_from)
@@ -159,9 +157,7 @@ def _as_views(flat: Tensor, shape: Shape) -> Tensor:
     return flat.reshape(-1, k, i, j).permute(0, 2, 3, 1)[:, None]
 
 
-def _offsets_read(
-    shape: Shape, orders: Sequence[Tensor], num_windows: int
-) -> tuple[Tensor, ...]:
+def _offsets_read(shape: Shape, orders: Sequence[Tensor], num_windows: int) -> tuple[Tensor, ...]:
     """For each extent and order the voxels that a window reads, from its first one, (P, n)."""
     # Half the bytes where they suffice: at 64x64x32 and 10,000 windows they just do.
     fits = (num_windows + 1) << _low_bits(shape) <= 2**31
