@@ -36,12 +36,12 @@ def run(
     run_id: str | None = None,
     cache: Path | None = None,
 ) -> Path:
-    """Make the bundle, proven and with its reference as after a pretraining.
+    """Make the bundle, proven as after a pretraining.
 
     Args:
         recipe: Its method is `imagenet`.
         weights: A state dict of torchvision's ResNet-18: safetensors, or what `torch.save` wrote.
-        scans: What the encoder will be used on: the parity check's input, and the reference.
+        scans: What the encoder will be used on: the parity check's input, and the digest.
         out: The run's folder.
         report: Told what was not taken.
         device: Where the exported network runs over the scans.
