@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from benchmarks import bundles, common
 from imaging import nifti
 from imaging.volume import Volume
+from models.ood import Gaussian
 from models.session import open_session
 from trainer.reference import vector_of
 
@@ -105,22 +106,8 @@ def standardised(train: Vectors, one: Vectors) -> float:
 
 
 def mahalanobis(train: Vectors, one: Vectors) -> float:
-    """With the covariance of Ledoit and Wolf (2004): shrunk towards a multiple of the identity."""
-    difference = one - train.mean(axis=0)
-    return float(np.sqrt(difference @ np.linalg.solve(ledoit_wolf(train), difference)))
-
-
-def ledoit_wolf(vectors: Vectors) -> Vectors:
-    """Covariance (E, E) of (N, E), shrunk by the amount that is best as N and E grow together."""
-    centred = vectors - vectors.mean(axis=0)
-    num, dims = centred.shape
-    sample = centred.T @ centred / num
-    mean = float(np.trace(sample)) / dims
-    spread = float(((sample - mean * np.eye(dims)) ** 2).sum())
-    squares = sum(float(((np.outer(row, row) - sample) ** 2).sum()) for row in centred)
-    share = min(squares / num**2, spread) / spread if spread else 1.0
-    covariance: Vectors = share * mean * np.eye(dims) + (1.0 - share) * sample
-    return covariance
+    """With the covariance of Ledoit and Wolf: what `models.ood` does."""
+    return Gaussian.of(train).distance(one)
 
 
 RIVALS: dict[str, Distance] = {

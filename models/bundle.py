@@ -163,8 +163,11 @@ class Reference(Part):
     and there is no file."""
     dims: int = Field(ge=0)
     """E, the numbers of an embedding."""
+    method: Literal["cosine", "mahalanobis"] = "cosine"
+    """How distances are measured; manifests of before say nothing, and mean the cosine."""
     num_neighbours: int = Field(ge=0)
-    threshold: float | None = Field(ge=0.0, le=2.0)
+    """Of `cosine`; else 0."""
+    threshold: float | None = Field(ge=0.0)
     """Distance from which on a scan is out; None: too few scans."""
     quantile: float = Field(ge=0.0, le=1.0)
     space: Literal["embedding", "features"]

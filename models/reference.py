@@ -61,8 +61,9 @@ def write(
     return bundle.Reference(
         num_scans=num_scans,
         dims=dims,
+        method=found.method,
         num_neighbours=found.num_neighbours,
-        threshold=max(found.threshold, 0.0),  # equal scans: rounding may leave it below
+        threshold=found.threshold,
         quantile=ood.QUANTILE,
         space=space,
     )
@@ -83,7 +84,12 @@ def load(folder: Path, manifest: Manifest) -> ood.Reference | None:
         raise BundleError("bundle_corrupt", f"{bundle.REFERENCE} is not what was saved")
     try:
         array = _array(data, (spec.num_scans, spec.dims))
-        return ood.restored(array, num_neighbours=spec.num_neighbours, threshold=spec.threshold)
+        return ood.restored(
+            array,
+            num_neighbours=spec.num_neighbours,
+            threshold=spec.threshold,
+            method=spec.method,
+        )
     except ValueError as error:
         raise BundleError("bundle_invalid", f"{bundle.REFERENCE}: {error}") from error
 

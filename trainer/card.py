@@ -77,11 +77,13 @@ def _quality_lines(manifest: Manifest) -> list[str]:
     quality, recipe, known = manifest.quality, manifest.recipe, manifest.reference
     lines = []
     if known is not None and known.threshold is not None:
+        how = "Mahalanobis, with a shrunk covariance"
+        if known.method == "cosine":
+            how = f"one minus the mean cosine to the {known.num_neighbours} nearest"
         lines.append(
             f"- A scan is out of distribution where its {known.space} lies further than "
-            f"{known.threshold:.3g} (one minus the mean cosine to the {known.num_neighbours} "
-            f"nearest) from those of {known.num_scans} training scans; the threshold is the "
-            f"{known.quantile:g} quantile of their own distances."
+            f"{known.threshold:.3g} ({how}) from those of {known.num_scans} training scans; "
+            f"the threshold is the {known.quantile:g} quantile of their own distances."
         )
     elif known is not None:
         lines.append(

@@ -59,13 +59,18 @@ class OutOfDistribution(Answer):
     """How far the scan lies from those that the model was trained on."""
 
     score: float | None = Field(
-        description="One minus the mean cosine to the nearest training scans, 0 to 2."
+        description="Distance of the scan's embedding from the training scans', by `method`."
     )
     threshold: float | None = Field(description="From the training scans' own distances.")
     is_out: bool | None = Field(description="The score is above the threshold.")
     n_reference: int = Field(description="Training scans behind it.")
     reason: Literal["no_reference", "too_few_scans", "cascade", "nothing_seen"] | None = Field(
         None, description="Why there is no score; null where there is one."
+    )
+    method: Literal["cosine", "mahalanobis"] | None = Field(
+        None,
+        description="`mahalanobis`, with a shrunk covariance; of models of before `cosine`, one "
+        "minus the mean cosine to the nearest. Null without a score, and in results of before.",
     )
 
 

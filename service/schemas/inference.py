@@ -63,11 +63,12 @@ INFERENCE: JsonDict = {
 
 
 OOD: JsonDict = {
-    "score": 0.021,
-    "threshold": 0.034,
+    "score": 9.4,
+    "threshold": 12.7,
     "is_out": False,
     "n_reference": 92,
     "reason": None,
+    "method": "mahalanobis",
 }
 
 

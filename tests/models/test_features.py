@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from imaging.volume import Volume
 from models import bundle, compose, ood, reference
-from models.bundle import BundleError, TensorSpec
+from models.bundle import BundleError
 from models.cascade import segment_case
 from models.predict import FOREGROUND_ABOVE, embed
 from models.preprocess import prepare
@@ -59,7 +59,6 @@ def segmenter(make_bundle, thresholds, tmp_path):
         )
         plain = make_bundle(model, **options)
         manifest = bundle.load(plain)
-        outputs = (*manifest.outputs, TensorSpec(name="features", shape=("batch", 6)))
         files = {bundle.MODEL: plain / bundle.MODEL}
         known = None
         if len(vectors):
@@ -67,7 +66,7 @@ def segmenter(make_bundle, thresholds, tmp_path):
             known = reference.write(path, vectors, "features")
             if known.has_file:
                 files[bundle.REFERENCE] = path
-        made = manifest.model_copy(update={"outputs": outputs, "reference": known})
+        made = manifest.model_copy(update={"reference": known})
         folder = tmp_path / f"with{len(list(tmp_path.iterdir()))}"
         bundle.save(folder, made, files, "# Card\n")
         return folder
