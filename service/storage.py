@@ -307,8 +307,8 @@ class Store:
         if target.exists():
             return digest
         draft = self.tmp / f"{uuid.uuid4().hex}.bundle"
-        shutil.copytree(folder, draft)
         try:
+            shutil.copytree(folder, draft)
             bundle.load(draft)
             for path in [*draft.iterdir(), draft]:
                 fsync(path)

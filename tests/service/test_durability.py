@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from models import bundle
+from models.recipe import Preprocessing, PretrainRecipe, UNet3d
 from service import db, migrate, volumes
 from service.storage import Store
 
@@ -135,6 +138,45 @@ def test_t_d3_a_really_full_disk_refuses_an_upload_and_keeps_what_was_there(tmp_
         with store.receive() as writer:
             writer.write(b"after" * 1000)
             assert store.verify(store.commit_blob(writer)[0])
+
+
+def make_bundle(folder: Path, network: Path, num_bytes: int) -> None:
+    network.write_bytes(os.urandom(num_bytes))
+    manifest = bundle.Manifest(
+        kind="encoder",
+        inputs=(bundle.TensorSpec(name="image", shape=("batch", 1, 16, 16, 16)),),
+        outputs=(bundle.TensorSpec(name="output", shape=("batch", 2)),),
+        preprocessing=Preprocessing(),
+        patch_size=(16, 16, 16),
+        recipe=PretrainRecipe(network=UNet3d(base_width=2)),
+        lineage=bundle.Lineage(
+            dataset_digest="0" * 64, seed=0, num_steps=1, code_version="0", torch_version="0"
+        ),
+        parity=(),
+        created_at=datetime.now(UTC),
+    )
+    bundle.save(folder, manifest, {bundle.MODEL: network}, "# Card\n")
+
+
+@pytest.mark.parametrize("step", ["export", "publish"])
+def test_t_d3_a_really_full_disk_refuses_a_bundle_and_keeps_the_one_before(tmp_path, step):
+    network = tmp_path / "network"
+    with small_disk(tmp_path / "small", "4m") as disk:
+        store = Store(disk / "data")
+        make_bundle(tmp_path / "first", network, 100_000)
+        kept = store.publish_bundle(tmp_path / "first")
+        before = sorted(disk.rglob("*"))
+
+        with pytest.raises(OSError, match="No space"):
+            if step == "export":
+                make_bundle(disk / "data" / "large", network, 6 << 20)
+            make_bundle(tmp_path / "large", network, 6 << 20)
+            store.publish_bundle(tmp_path / "large")
+
+        assert sorted(disk.rglob("*")) == before
+        bundle.load(store.bundle_dir(kept))
+        make_bundle(disk / "data" / "after", network, 100_000)  # with room it works
+        assert store.publish_bundle(disk / "data" / "after") != kept
 
 
 def test_a_sweep_takes_what_no_row_refers_to_and_leaves_the_rest(tmp_path):

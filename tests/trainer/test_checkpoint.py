@@ -3,6 +3,7 @@
 import random
 import resource
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,26 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [older]
     assert checkpoint.is_whole(older)
     checkpoint.save(tmp_path, 10, {"weights": torch.zeros(1_000_000)})  # with room it works
+
+
+def test_t_d3_a_really_full_disk_keeps_the_older_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    """On a tmpfs of 2 MiB; skipped where mounting is not allowed."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        older = checkpoint.save(tmp_path, 5, {"weights": torch.zeros(10)})
+        data = older.read_bytes()
+
+        with pytest.raises(DiskFullError):
+            checkpoint.save(tmp_path, 10, {"weights": torch.zeros(1_000_000)})
+
+        assert list(tmp_path.iterdir()) == [older]
+        assert older.read_bytes() == data
+        newer = checkpoint.save(tmp_path, 10, {"weights": torch.ones(100_000)})  # there is room
+        assert checkpoint.is_whole(newer)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=False)
 
 
 def test_the_global_generators_come_back(tmp_path: Path) -> None:
