@@ -58,7 +58,7 @@ def test_a_worker_loads_what_an_alias_points_at_and_no_other(sessions, settings,
 
     assert one.once() == [digest]
     held = resident.hold(settings, Store(settings.data_dir), digest)
-    assert held.was_resident and held.session.num_runs == 1
+    assert held.was_resident and held.session.num_runs > 1  # warmed up, and its pace measured
 
 
 def test_without_a_live_worker_an_alias_may_move_at_once(sessions, settings, digest):
