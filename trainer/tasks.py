@@ -43,6 +43,10 @@ from trainer.stall import StallWatch
 
 logger = logging.getLogger(__name__)
 
+PREVIEWS = "previews"
+"""Where `trainer.health` draws; that module is torch's, and this one does without."""
+MAX_PREVIEWS = 20
+
 POLL_S = 0.2
 CGROUP_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
@@ -234,7 +238,7 @@ def _succeed(worker: Worker, lease: Lease, folder: Path, news: News) -> None:
             result=result,
             outcome="done",
             exit_code=0,
-            artifacts=_cases(worker, folder.parent / CASES),
+            artifacts=(*_cases(worker, folder.parent / CASES), *_previews(worker, folder.parent)),
             register=new,
         )
 
@@ -244,6 +248,15 @@ def _cases(worker: Worker, path: Path) -> tuple[NewArtifact, ...]:
     if not path.exists():
         return ()
     return (NewArtifact(CASES, *worker.store.put_file(path), "application/json"),)
+
+
+def _previews(worker: Worker, out: Path) -> tuple[NewArtifact, ...]:
+    """The newest pictures that a pretraining drew of its reconstructions."""
+    drawn = sorted((out / PREVIEWS).glob("step-*.png"), key=lambda one: int(one.stem[5:]))
+    return tuple(
+        NewArtifact(f"preview-{one.stem[5:]}.png", *worker.store.put_file(one), "image/png")
+        for one in drawn[-MAX_PREVIEWS:]
+    )
 
 
 def _plan(worker: Worker, lease: Lease) -> None:

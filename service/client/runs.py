@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -62,6 +63,14 @@ class Runs(Transport):
     def metrics(self, run_id: str) -> schemas.RunMetrics:
         """The curves of a run."""
         return self._get(f"runs/{run_id}/metrics", schemas.RunMetrics)
+
+    def run_files(self, run_id: str) -> tuple[schemas.RunFile, ...]:
+        """The files of a training that has succeeded: previews, test cases."""
+        return self._get(f"runs/{run_id}/files", schemas.RunFiles).files
+
+    def download_run_file(self, run_id: str, name: str, path: Path) -> None:
+        """Save a file of a training."""
+        self._download(f"runs/{run_id}/files/{name}", path)
 
     def cancel(self, run_id: str) -> schemas.Run:
         """Ask a run of any kind to end."""

@@ -120,6 +120,8 @@ from service.schemas.runs import (
     Run,
     RunCreate,
     RunError,
+    RunFile,
+    RunFiles,
     RunMetrics,
     RunPage,
 )
@@ -221,6 +223,8 @@ __all__ = [
     "Run",
     "RunCreate",
     "RunError",
+    "RunFile",
+    "RunFiles",
     "RunId",
     "RunMetrics",
     "RunPage",

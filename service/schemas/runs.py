@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from models.recipe import FinetuneRecipe, PretrainRecipe
 from service.schemas.base import (
     HEX,
+    SHA,
     TIME,
     Answer,
     Ask,
@@ -200,6 +201,29 @@ class RunMetrics(Answer):
     )
 
     points: tuple[MetricPoint, ...]
+
+
+class RunFile(Answer):
+    """A file that a training left."""
+
+    name: str
+    media_type: str
+    sha256: Sha256
+
+
+class RunFiles(Answer):
+    """The files of a training, by name."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"files": [{"name": "preview-500.png", "media_type": "image/png", "sha256": SHA}]}
+            ]
+        },
+    )
+
+    files: tuple[RunFile, ...]
 
 
 class Event(Answer):

@@ -43,6 +43,8 @@ HIDDEN = {
     },
     ("GET", "/runs/{run_id}"): {},
     ("GET", "/runs/{run_id}/metrics"): {},
+    ("GET", "/runs/{run_id}/files"): {},
+    ("GET", "/runs/{run_id}/files/{file_name}"): {},
     ("GET", "/runs/{run_id}/events"): {"params": {"after": 0}},
     ("POST", "/runs/{run_id}:cancel"): {},
     ("POST", "/segmentations"): {"json": {"volume_id": "{volume_id}", "model": "segmenter"}},
@@ -173,10 +175,19 @@ def owned(api, world, new_model):
         session.add(experiment)
         session.commit()
     training = {"kind": "pretrain", "dataset_id": world.labelled, "model_name": "authz-made"}
+    run_id = made("/runs", **training, recipe=RECIPE)
+    with api.store.receive() as writer:
+        writer.write(b"{}")
+        sha256, size = api.store.commit_blob(writer)
+    with api.sessions() as session:
+        db.insert_if_absent(session, db.Blob, sha256=sha256, size_bytes=size)
+        file = {"name": "cases.json", "sha256": sha256, "media_type": "application/json"}
+        session.add(db.Artifact(run_id=run_id, fence=0, **file))
+        session.commit()
     return {
         "volume_id": world.image,
         "dataset_id": world.labelled,
-        "run_id": made("/runs", **training, recipe=RECIPE),
+        "run_id": run_id,
         "segmentation_id": made("/segmentations", volume_id=world.image, model="segmenter"),
         "embedding_id": made("/embeddings", volume_id=world.image, model=MODEL),
         "batch_id": made("/batches", dataset_id=world.labelled, model="segmenter", kind="segment"),
@@ -186,6 +197,7 @@ def owned(api, world, new_model):
         "version": 1,
         "alias": "champion",
         "case": "case-1",
+        "file_name": "cases.json",
         "project_id": "prj_default",
     }
 
