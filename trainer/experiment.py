@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
-import hashlib
 import json
 import os
 import time
@@ -33,6 +32,7 @@ from models.experiment.plan import AnyFinetune, Cell, Plan, cells, recipe_of
 from models.experiment.report import Outcome, build
 from models.recipe import PretrainRecipe, PretrainRecipe2d
 from trainer import finetune, folder, pretrain
+from trainer.data.held_out import without_held_out
 from trainer.data.scan_set import ScanSet
 from trainer.data.scans import discover
 from trainer.errors import DataError, DiskFullError, Preempted, TrainingError
@@ -71,8 +71,8 @@ def run(
 
     Args:
         plan: What to do; it may have grown since the last call.
-        source: Folder or list of scans to pretrain on. If it is the target, the patients of the
-            target's validation and test are left out.
+        source: Folder or list of scans to pretrain on. Whatever it shares with the target's
+            validation and test is left out (`trainer.data.held_out`).
         target: Folder or list of labelled scans; split as the fine-tuning's recipe says.
         out: Where everything goes.
         report: Where progress goes.
@@ -89,7 +89,7 @@ def run(
         Preempted: Stopped on request.
         DiskFullError: No room.
     """
-    unlabelled, labelled = _scans(plan, source, target)
+    unlabelled, labelled = _scans(plan, source, target, report)
     setting = _Setting(plan, unlabelled, labelled, out, report, device, should_stop)
     if retry:
         for failure in (out / CELLS).rglob(FAILED):
@@ -128,7 +128,7 @@ def write_report(
     _publish(out / "cases.csv", render.cases_csv(plan, found))
 
 
-def _scans(plan: Plan, source: Path, target: Path) -> tuple[ScanSet, ScanSet]:
+def _scans(plan: Plan, source: Path, target: Path, report: Report) -> tuple[ScanSet, ScanSet]:
     """What is pretrained on, and what is fine-tuned on."""
     recipe = plan.finetune
     dims = recipe.network.dims
@@ -138,16 +138,15 @@ def _scans(plan: Plan, source: Path, target: Path) -> tuple[ScanSet, ScanSet]:
     if all(method.pretrain is None for method in plan.methods):
         return labelled, labelled
     unlabelled = discover(source, dims=dims)
-    is_same = source.resolve() == target.resolve()
-    return (_without(unlabelled, labelled) if is_same else unlabelled), labelled
-
-
-def _without(scans: ScanSet, split: ScanSet) -> ScanSet:
-    """The scans, all for training, without the patients who validate and test."""
-    held_out = {scan.subject for scan in (*split.of("val"), *split.of("test"))}
-    kept = tuple(scan for scan in scans.scans if scan.subject not in held_out)
-    facts = [scans.digest, *(scan.id for scan in kept)]
-    return ScanSet(hashlib.sha256("\n".join(facts).encode()).hexdigest(), kept)
+    kept = without_held_out(unlabelled, labelled)
+    if left_out := len(unlabelled.scans) - len(kept.scans.scans):
+        report.log(
+            "info",
+            f"pretraining leaves out {left_out} of {len(unlabelled.scans)} scans, which the target "
+            f"validates or tests on: {kept.num_by_subject} by patient, {kept.num_by_content} more "
+            "by content",
+        )
+    return kept.scans, labelled
 
 
 def _work_through(setting: _Setting) -> None:

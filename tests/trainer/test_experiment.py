@@ -1,6 +1,9 @@
 """An experiment from the shell: resumable, honest about failures, the same table after a kill."""
 
+import gzip
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,23 +100,72 @@ def test_finished_trainings_are_not_done_again_and_an_extended_plan_adds_to_them
     assert len(found) == 2 and {one.state for one in found.values()} == {"succeeded"}
 
 
-def test_pretraining_never_sees_who_validates_and_tests(
-    tmp_path: Path, target: Path, plan: Plan, report, monkeypatch
-) -> None:
+def pretrained_on(plan: Plan, source: Path, target: Path, out: Path, report, monkeypatch):
+    """The scans that reach the first pretraining."""
     seen = []
 
     def stop_here(recipe, scans, *_, **__):
-        seen.append({scan.subject for scan in scans.scans})
+        seen.append(scans)
         raise Preempted(0)
 
     monkeypatch.setattr(pretrain, "run", stop_here)
-    for source in (target, target / "test"):
-        with pytest.raises(Preempted):
-            do(plan, target, tmp_path, report, source=source)
+    with pytest.raises(Preempted):
+        do(plan, target, out, report, source=source)
+    return seen[0]
 
-    everybody = {scan.subject for scan in discover(target).scans}
-    assert len(seen[0]) == 2 and len(everybody) == 5
-    assert len(seen[1]) == 2  # another folder is the user's own word
+
+def test_pretraining_never_sees_who_validates_and_tests(
+    tmp_path: Path, target: Path, plan: Plan, report, monkeypatch
+) -> None:
+    everything = discover(target)
+    scans = pretrained_on(plan, target, target, tmp_path, report, monkeypatch)
+
+    assert {scan.subject for scan in everything.scans} == set("abcde")
+    assert [scan.subject for scan in scans.scans] == ["a", "b"]
+    # A study of before goes on: the digest is what it was when only this pair was looked at.
+    facts = "\n".join([everything.digest, "a", "b"])
+    assert scans.digest == hashlib.sha256(facts.encode()).hexdigest()
+
+
+def test_a_copy_under_other_names_is_no_way_round(
+    tmp_path: Path, target: Path, plan: Plan, report, monkeypatch
+) -> None:
+    """A name that tests; a test scan unpacked, one packed anew, and another scan of its patient."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(target / "train" / "a_image.nii.gz", source / "new1.nii.gz")
+    shutil.copy(target / "train" / "b_image.nii.gz", source / "d.nii.gz")  # a name that tests
+    test_scan = gzip.decompress((target / "test" / "e_image.nii.gz").read_bytes())
+    (source / "new2.nii").write_bytes(test_scan)
+    (source / "new3.nii.gz").write_bytes(gzip.compress(test_scan, 1, mtime=1))
+
+    shutil.copy(target / "train" / "b_image.nii.gz", source / "new4.nii.gz")
+    (source / "labels.csv").write_text("id,subject\nnew3,x\nnew4,x\n")
+
+    scans = pretrained_on(plan, source, target, tmp_path / "out", report, monkeypatch)
+
+    assert [scan.id for scan in scans.scans] == ["new1"]
+    told = [message for _, message in report.logs if "leaves out" in message]
+    assert told == [
+        "pretraining leaves out 4 of 5 scans, which the target validates or tests on: 1 by "
+        "patient, 3 more by content"
+    ]
+
+
+def test_a_source_of_other_patients_stays_as_it_is(
+    tmp_path: Path, target: Path, plan: Plan, report, monkeypatch
+) -> None:
+    scans = pretrained_on(plan, target / "train", target, tmp_path, report, monkeypatch)
+
+    assert scans == discover(target / "train")
+    assert not [message for _, message in report.logs if "leaves out" in message]
+
+
+def test_a_source_of_nobody_but_test_patients_is_refused(
+    tmp_path: Path, target: Path, plan: Plan, report
+) -> None:
+    with pytest.raises(DataError, match="no_scans"):
+        do(plan, target, tmp_path, report, source=target / "test")
 
 
 def test_a_failed_pretraining_fails_what_needs_it_and_nothing_else(
