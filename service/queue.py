@@ -140,7 +140,8 @@ def position(session: Session, run: Run) -> int | None:
         earlier = turn - shares[other] - higher[other]
         ahead += min(max(earlier, 0), equal[other])
         if 0 <= earlier < equal[other]:
-            ahead += _nth(session, run, other, earlier) < created
+            made_at = _nth(session, run, other, earlier)
+            ahead += made_at is not None and made_at < created
     return ahead + 1
 
 
@@ -162,13 +163,17 @@ def _waiting_counts(session: Session, run: Run) -> tuple[Counter[str], Counter[s
     return higher, equal, shares
 
 
-def _nth(session: Session, run: Run, project: str, number: int) -> tuple[datetime, str]:
-    """When the project's waiting run of that number (from 0) and the run's priority was made."""
+def _nth(session: Session, run: Run, project: str, number: int) -> tuple[datetime, str] | None:
+    """When the project's waiting run of that number (from 0) and the run's priority was made.
+
+    None where it waits no longer: PostgreSQL shows each statement what was committed before it, so
+    it may have been claimed since it was counted.
+    """
     where = (is_waiting(Run, run.queue), unit(Run) == project, Run.priority == run.priority)
     order = (Run.created_at, Run.id)
     found = select(*order).where(*where).order_by(*order).offset(number).limit(1)
-    created_at, run_id = session.execute(everywhere(found)).one()
-    return created_at, run_id
+    row = session.execute(everywhere(found)).one_or_none()
+    return None if row is None else (row[0], row[1])
 
 
 def _first(queue: str, able: Able, *where: ColumnElement[bool]) -> ScalarSelect[str]:

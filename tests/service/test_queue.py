@@ -6,9 +6,18 @@ from collections import Counter
 import pytest
 from sqlalchemy import select, text, update
 
-from service import db, queue, runs
+from service import db, migrate, queue, runs
 from service.queue import Able
 from service.settings import Settings
+
+
+@pytest.fixture
+def postgres_sessions(postgres_url):
+    """Sessions on PostgreSQL, where writers are beside each other."""
+    migrate.upgrade(postgres_url)
+    engine = db.connect(postgres_url)
+    yield db.sessions(engine)
+    engine.dispose()
 
 
 def put(session, project: str, number: int = 1, **how) -> list[str]:
@@ -188,6 +197,29 @@ def test_positions_are_the_order_in_which_runs_are_claimed(sessions):
     assert sorted(told.values()) == list(range(1, len(claimed) + 1))
 
 
+@pytest.mark.parametrize(("num_claimed", "position"), [(0, 2), (1, 1)])
+def test_a_run_that_is_claimed_while_a_position_is_asked_is_no_longer_ahead(
+    postgres_sessions, monkeypatch, num_claimed, position
+):
+    """The claim commits between the counting and the look (each statement its own snapshot)."""
+    sessions = postgres_sessions
+    with sessions() as session:
+        put(session, "other", 1)
+        (mine,) = put(session, "a")
+    count = queue._waiting_counts
+
+    def then_claim(*asked):
+        counted = count(*asked)
+        with sessions() as worker:
+            for _ in range(num_claimed):
+                assert take(worker, finish=False) == "other"
+        return counted
+
+    monkeypatch.setattr(queue, "_waiting_counts", then_claim)
+    with sessions() as session:
+        assert queue.position(session, runs.get(session, mine)) == position
+
+
 def test_a_run_that_does_not_wait_has_no_position(sessions):
     with sessions() as session:
         (run_id,) = put(session, "a")
@@ -218,14 +250,9 @@ def test_claims_at_once_take_different_runs_of_few_projects(sessions):
     assert len(taken) == len(set(taken)) == 25
 
 
-def test_while_a_callers_only_run_is_being_claimed_others_are_taken(new_postgres):
+def test_while_a_callers_only_run_is_being_claimed_others_are_taken(postgres_sessions):
     """A claimer that is frozen inside its transaction stops nobody (PostgreSQL's row locks)."""
-    from service import migrate
-
-    url = new_postgres()
-    migrate.upgrade(url)
-    engine = db.connect(url)
-    make = db.sessions(engine)
+    make = postgres_sessions
     with make() as session:
         (locked,) = put(session, "quiet", 1)
         put(session, "busy", 3)
@@ -237,7 +264,6 @@ def test_while_a_callers_only_run_is_being_claimed_others_are_taken(new_postgres
         frozen.execute(text("SELECT id FROM run WHERE id = :id FOR UPDATE"), {"id": locked})
 
         assert take(session) == "busy"
-    engine.dispose()
 
 
 def test_settings_know_a_gpu_by_its_number(tmp_path):
