@@ -10,6 +10,19 @@ from models.experiment.plan import Plan, cells, ratio_name
 from models.experiment.report import Comparison, Outcome, Point, Report
 
 MEASURES = {"dice": "Dice", "auc": "AUC", None: "score"}
+UNTESTED = {"single_seed": "not tested: one seed", "single_pretraining": "not tested: one encoder"}
+
+COMPARISON = (
+    "against",
+    "labels",
+    "seeds",
+    "difference",
+    "interval",
+    "p patients",
+    "p seeds",
+    "p Holm",
+    "",
+)
 
 
 def markdown(report: Report, *, curve: str | None = None) -> str:
@@ -29,6 +42,7 @@ def markdown(report: Report, *, curve: str | None = None) -> str:
         f"{_plain(report.target)} with seeds {seeds}; {report.num_cases} test cases of "
         f"{report.num_patients} patients, the same for all. "
         f"{MEASURES[report.measure]} in percent, mean over seeds.",
+        *_caveat(report.plan),
         "",
         *_paper_table(report),
         *picture,
@@ -47,11 +61,11 @@ def markdown(report: Report, *, curve: str | None = None) -> str:
         "",
         "Paired by seed and patient. A difference must hold over patients (Wilcoxon's signed-rank "
         "test of Dice, permutation of AUC) and over seeds (paired t-test): p is the larger of the "
-        "two, and Holm's correction is over all rows. With one seed the second is not known and p "
-        "is that of these trainings alone.",
+        "two, and Holm's correction is over all rows. With one seed the second is not known: p is "
+        "then that of these trainings alone, and no row of it is called significant.",
         "",
         *_table(
-            ("against", "labels", "difference", "interval", "p patients", "p seeds", "p Holm", ""),
+            COMPARISON,
             [_comparison_row(one) for one in report.comparisons],
         ),
         *_missing_lines(report),
@@ -98,7 +112,7 @@ def _paper_table(report: Report) -> list[str]:
         (method.name, *(shown(method.name, ratio) for ratio in ratios))
         for method in report.plan.methods
     ]
-    p_values = {one.ratio: f"{one.p_holm:.2g}" for one in report.best_against_second}
+    p_values = {one.ratio: _counted_p(one) for one in report.best_against_second}
     rows.append(("p-value", *(p_values.get(ratio, "-") for ratio in ratios)))
     title = f"{_plain(report.source)} → {_plain(report.target)}"
     return [
@@ -106,8 +120,26 @@ def _paper_table(report: Report) -> list[str]:
         "",
         "p-value: best against second best of each column, Holm's correction over the columns. "
         "The two were chosen by these results, so it is lower than it should be; the tests below "
-        "were chosen before.",
+        "were chosen before. With one seed it is over patients alone.",
     ]
+
+
+def _caveat(plan: Plan) -> list[str]:
+    """What a study of one encoder a method cannot say."""
+    is_pretrained = any(method.pretrain is not None for method in plan.methods)
+    if plan.pretrain_per == "seed" or not is_pretrained:
+        return []
+    return [
+        "",
+        "**Each method was pretrained once**, and all seeds start from that encoder: intervals, "
+        "differences and p hold for these encoders only, and no difference to a pretrained method "
+        "is called significant. `pretrain_per: seed` compares methods.",
+    ]
+
+
+def _counted_p(one: Comparison) -> str:
+    number = len(one.seeds)
+    return f"{one.p_holm:.2g} ({number} seed{'s' if number > 1 else ''})"
 
 
 def _interval_row(point: Point) -> Sequence[str]:
@@ -124,12 +156,13 @@ def _comparison_row(one: Comparison) -> Sequence[str]:
     return (
         one.other,
         ratio_name(one.ratio),
+        str(len(one.seeds)),
         f"{100 * one.difference:+.1f}",
         f"{100 * one.low:+.1f} to {100 * one.high:+.1f}",
         f"{one.p_patients:.2g}",
         "-" if one.p_seeds is None else f"{one.p_seeds:.2g}",
         f"{one.p_holm:.2g}",
-        "significant" if one.significant else "",
+        UNTESTED[one.untested] if one.untested else "significant" if one.significant else "",
     )
 
 

@@ -23,6 +23,10 @@ from models.recipe import Part
 LEVEL = 0.05
 """Of significance, after Holm's correction."""
 
+Untested = Literal["single_seed", "single_pretraining"]
+"""Why nothing is said of the methods: what a seed decides, in training or in pretraining, was drawn
+once, and its part in the difference cannot be told from the method's."""
+
 CellState = Literal["succeeded", "failed", "canceled", "open"]
 
 
@@ -64,8 +68,10 @@ class Comparison(Part):
     p_seeds: float | None
     p: float
     p_holm: float
-    significant: bool
-    """`p_holm` below 0.05."""
+    significant: bool | None
+    """`p_holm` below 0.05; None where the methods were not put to the test."""
+    untested: Untested | None
+    """Why not."""
 
 
 class Missing(Part):
@@ -139,8 +145,8 @@ def build(
         num_patients=len(any_table.patients[0]) if any_table is not None else 0,
         num_cases=len(any_table.case_ids) if any_table is not None else 0,
         points=points,
-        comparisons=_compared(asked, grid),
-        best_against_second=_compared(_best_two(plan, points), grid),
+        comparisons=_compared(plan, asked, grid),
+        best_against_second=_compared(plan, _best_two(plan, points), grid),
         missing=tuple(_missing(cell, outcomes) for cell in every if not _is_done(cell, outcomes)),
     )
 
@@ -173,7 +179,9 @@ def _point(method: str, ratio: float, runs: Runs) -> Point:
     )
 
 
-def _compared(asked: Sequence[tuple[str, str, float]], grid: Grid) -> tuple[Comparison, ...]:
+def _compared(
+    plan: Plan, asked: Sequence[tuple[str, str, float]], grid: Grid
+) -> tuple[Comparison, ...]:
     """Comparisons of methods that share seeds at a ratio, with p-values corrected together."""
     found = []
     for method, other, ratio in asked:
@@ -183,6 +191,7 @@ def _compared(asked: Sequence[tuple[str, str, float]], grid: Grid) -> tuple[Comp
         if shared and not math.isnan((apart := difference(ours, theirs)).low):
             found.append((method, other, ratio, tuple(shared), apart, paired_test(ours, theirs)))
     corrected = holm([test.p for *_, test in found])
+    untested = [_untested(plan, (method, other), seeds) for method, other, _, seeds, *_ in found]
     return tuple(
         Comparison(
             method=method,
@@ -196,10 +205,21 @@ def _compared(asked: Sequence[tuple[str, str, float]], grid: Grid) -> tuple[Comp
             p_seeds=test.p_seeds,
             p=test.p,
             p_holm=p_holm,
-            significant=p_holm < LEVEL,
+            significant=None if why_not is not None else p_holm < LEVEL,
+            untested=why_not,
         )
-        for (method, other, ratio, seeds, apart, test), p_holm in zip(found, corrected, strict=True)
+        for (method, other, ratio, seeds, apart, test), p_holm, why_not in zip(
+            found, corrected, untested, strict=True
+        )
     )
+
+
+def _untested(plan: Plan, methods: Sequence[str], seeds: Sequence[int]) -> Untested | None:
+    """Why a comparison over these seeds says nothing of the methods, if so."""
+    if len(seeds) < 2:
+        return "single_seed"
+    is_pretrained = any(plan.method(name).pretrain is not None for name in methods)
+    return "single_pretraining" if is_pretrained and plan.pretrain_per == "method" else None
 
 
 def _best_two(plan: Plan, points: Sequence[Point]) -> list[tuple[str, str, float]]:

@@ -48,9 +48,10 @@ class PairedTest:
         """The larger: a difference must hold over patients and over seeds.
 
         An intersection-union test: each of the two null hypotheses is rejected at the level, so
-        the whole keeps it (Berger, 1982).
+        the whole keeps it (Berger, 1982). With a single seed it is of patients alone, and tells of
+        these trainings rather than of the methods: no significance follows from it.
         """
-        return max(self.p_patients, self.p_seeds or 0.0)
+        return self.p_patients if self.p_seeds is None else max(self.p_patients, self.p_seeds)
 
 
 def interval(runs: Sequence[CaseTable], *, random: int = 0) -> Interval:

@@ -126,6 +126,55 @@ def test_a_report_tells_an_effect_from_none():
     assert point.low < point.value < point.high
 
 
+def test_one_seed_is_called_untested_however_small_p_is():
+    """The same effect over patients with one seed, and with three as the control."""
+    told = {}
+    for seeds in ([0], [0, 1, 2]):
+        asked = plan(ratios=[0.1], seeds=seeds)
+        told[len(seeds)] = report(asked, outcomes(asked))
+
+    one, three = (told[number].comparisons[0] for number in (1, 3))
+    assert one.p_patients < 0.001 and one.p_holm < 0.05  # would have been significant
+    assert (one.significant, one.untested, one.p_seeds) == (None, "single_seed", None)
+    assert (three.significant, three.untested) == (True, None)
+    assert told[1].best_against_second[0].significant is None
+    assert row_against_scratch(told[1])[3] == "1"
+    assert row_against_scratch(told[1])[-2] == "not tested: one seed"
+    assert row_against_scratch(told[3])[3] == "3"
+    assert row_against_scratch(told[3])[-2] == "significant"
+    assert "(1 seed) |" in render.markdown(told[1]) and "(3 seeds) |" in render.markdown(told[3])
+
+
+def test_one_encoder_a_method_says_nothing_of_the_methods():
+    methods = [
+        {"name": "pcrl", "pretrain": PRETRAIN},
+        {"name": "scratch"},
+        {"name": "slow", "learning_rate": 1e-4},
+    ]
+    asked = plan(ratios=[0.1], methods=methods, pretrain_per="method")
+    apart = plan(ratios=[0.1], methods=methods[1:], pretrain_per="method")
+    each = plan(ratios=[0.1], methods=methods)
+
+    told, control = report(asked, outcomes(asked)), report(each, outcomes(each))
+
+    assert [one.untested for one in told.comparisons] == ["single_pretraining"] * 2
+    assert all(one.significant is None and one.p_holm < 0.05 for one in told.comparisons)
+    assert all(one.significant for one in control.comparisons)
+    assert "hold for these encoders only" in render.markdown(told)
+    assert row_against_scratch(told)[-2] == "not tested: one encoder"
+    assert "these encoders only" not in render.markdown(control)
+    without = report(apart, outcomes(apart))  # nothing is pretrained, so no encoder is shared
+    assert without.comparisons[0].untested is None
+    assert "these encoders only" not in render.markdown(without)
+
+
+def row_against_scratch(told) -> list[str]:
+    lines = render.markdown(told).splitlines()
+    after = lines[lines.index("## pcrl against the others") :]
+    row = next(line for line in after if line.startswith("| scratch |"))
+    return [cell.strip() for cell in row.split("|")]
+
+
 def test_the_same_results_give_the_same_report_in_any_order():
     asked = plan()
     found = outcomes(asked)
