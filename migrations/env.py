@@ -34,6 +34,7 @@ def migrate(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         # Wait for another migrator however long it takes, but for traffic 5 s at most: who waits
         # for a table's lock makes every later query of that table wait behind it.
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
         connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
         connection.execute(text("SET LOCAL lock_timeout = '5s'"))
     context.configure(

@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from models.experiment.cases import FILE, CaseResults
@@ -184,10 +184,14 @@ def summary(experiment: Experiment, found: Sequence[Standing]) -> Summary:
 def advance(session: Session, experiment_id: str) -> list[Run]:
     """Queue every training that has become possible; the caller commits, then rings for them.
 
-    The experiment's row is locked meanwhile: of two who advance at once the second finds the runs
-    of the first. Nothing is made twice and, since the rows alone decide, nothing is forgotten.
+    The experiment's row is locked meanwhile. Who finds it locked by another does nothing and waits
+    for nobody: one stuck transaction must not hold up upkeep, which serves everyone. What that
+    leaves undone upkeep finds the next time. So nothing is made twice and, since the rows alone
+    decide, nothing is forgotten.
     """
-    experiment = _locked(session, experiment_id)
+    experiment = session.scalars(_for_update(experiment_id, skip_locked=True)).one_or_none()
+    if experiment is None:
+        return []
     try:
         plan = plan_of(experiment)
     except ValidationError:  # of a newer version; nobody's loop may end by it
@@ -351,15 +355,19 @@ def _locked(session: Session, experiment_id: str) -> Experiment:
     Raises:
         ServiceError: 404 `not_found`.
     """
-    experiment = session.scalars(
-        select(Experiment)
-        .where(Experiment.id == experiment_id)
-        .with_for_update()
-        .execution_options(populate_existing=True)
-    ).one_or_none()
+    experiment = session.scalars(_for_update(experiment_id)).one_or_none()
     if experiment is None:
         raise ServiceError(404, "not_found", "no experiment has this id")
     return experiment
+
+
+def _for_update(experiment_id: str, *, skip_locked: bool = False) -> Select[Experiment]:
+    return (
+        select(Experiment)
+        .where(Experiment.id == experiment_id)
+        .with_for_update(skip_locked=skip_locked)
+        .execution_options(populate_existing=True)
+    )
 
 
 def _encoder(session: Session, parent: Standing | None) -> ModelVersion | None:

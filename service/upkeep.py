@@ -22,6 +22,7 @@ from service.db import Idempotency, Run, RunState, WorkerHeartbeat, db_now
 from service.errors import ServiceError
 from service.settings import Settings
 from service.storage import Store
+from service.worker import log_place
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ def run(settings: Settings, *, stop: threading.Event | None = None) -> None:
     while not stop.is_set():
         with _survived("dispatch"):
             dispatch(sessions, settings)
+        with _survived("plan"):
+            plan(sessions)
         if time.monotonic() - swept_at > SWEEP_EVERY_S:
             swept_at = time.monotonic()
             with _survived("sweep"):
@@ -52,7 +55,6 @@ def run(settings: Settings, *, stop: threading.Event | None = None) -> None:
 
 def dispatch(sessions: sessionmaker[Session], settings: Settings) -> int:
     """Take back lost runs, then ring for every run that waits; returns how many were rung for."""
-    plan(sessions)
     with sessions() as session:
         for run_id in runs.reap(
             session,
@@ -71,13 +73,19 @@ def dispatch(sessions: sessionmaker[Session], settings: Settings) -> int:
 
 
 def plan(sessions: sessionmaker[Session]) -> None:
-    """Queue the trainings of experiments that have become possible; `runs.due` rings for them."""
+    """Queue the trainings of experiments that have become possible; `dispatch` rings for them.
+
+    An experiment that cannot be planned costs itself a round, and no other.
+    """
     with sessions() as session:
         waiting = experiments.waiting(session)
-        session.commit()
-        for experiment_id in waiting:
-            experiments.advance(session, experiment_id)
-            session.commit()
+    for experiment_id in waiting:
+        try:
+            with sessions() as session:
+                experiments.advance(session, experiment_id)
+                session.commit()
+        except Exception as error:  # noqa: BLE001  # a defect that one plan meets is not the others'
+            log_place(experiment_id, error)
 
 
 def sweep(sessions: sessionmaker[Session], store: Store, settings: Settings) -> None:

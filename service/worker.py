@@ -201,11 +201,11 @@ def fail(
         logger.warning("run %s not marked failed: %s", claimed.run_id, type(error).__name__)
 
 
-def log_place(run_id: str, error: BaseException) -> None:
-    """Log the type and the places of an error, never its text, which may hold values."""
+def log_place(what: str, error: BaseException) -> None:
+    """Log the type and the places of what failed (an id), never its text: it may hold values."""
     frames = traceback.extract_tb(error.__traceback__)
     places = " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames[-12:]))
-    logger.error("run %s failed: %s at %s", run_id, type(error).__name__, places)
+    logger.error("%s failed: %s at %s", what, type(error).__name__, places)
 
 
 def heartbeat_name(queue: str, pid: int) -> str:

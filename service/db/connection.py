@@ -37,7 +37,7 @@ def connect(url: str) -> Engine:
     """
     if not url.startswith("sqlite"):
         engine = create_engine(url, hide_parameters=True, pool_pre_ping=True)
-        event.listen(engine, "connect", _without_jit)
+        event.listen(engine, "connect", _set_up)
         event.listen(engine, "before_cursor_execute", refuse_unscoped)
         return engine
     engine = create_engine(url, hide_parameters=True, connect_args={"timeout": 30})
@@ -59,9 +59,14 @@ def connect(url: str) -> Engine:
     return engine
 
 
-def _without_jit(connection: Any, _record: Any) -> None:
+LOCK_TIMEOUT = "30s"
+"""Of PostgreSQL, as long as SQLite's: who waits longer is told `database_unavailable`."""
+
+
+def _set_up(connection: Any, _record: Any) -> None:
     """PostgreSQL compiled the claim for 430 ms, to run it in 90 (measured with 100,000 runs)."""
     connection.execute("SET jit = off")
+    connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
     connection.commit()
 
 

@@ -5,12 +5,13 @@ import threading
 
 import numpy as np
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import OperationalError
 
 from models.experiment import render
 from models.experiment.cases import FILE, CaseResult, CaseResults
 from models.experiment.plan import Method, Plan
-from service import datasets, db, experiments, registry, runs, upkeep
+from service import datasets, db, experiments, migrate, registry, runs, upkeep
 from service.db import RunState
 from service.errors import ServiceError
 from service.runs import NewArtifact, NewVersion
@@ -259,6 +260,59 @@ def test_a_plan_of_a_newer_version_stops_nobody(session, sessions, store, world,
     upkeep.plan(sessions)
 
     assert "a plan of another version" in caplog.text
+
+
+def test_an_experiment_that_cannot_be_planned_holds_up_no_other(
+    session, sessions, store, world, monkeypatch, caplog
+):
+    made = [create(session, world)[0] for _ in range(2)]
+    session.execute(db.ExperimentCell.__table__.update().values(run_id=None))
+    session.commit()
+    broken, whole = experiments.waiting(session)
+    session.commit()
+    plan_of = experiments.plan_of
+
+    def breaks(experiment):
+        if experiment.id == broken:
+            raise KeyError("patient Smith")
+        return plan_of(experiment)
+
+    monkeypatch.setattr(experiments, "plan_of", breaks)
+    upkeep.plan(sessions)
+    monkeypatch.undo()
+
+    by_id = {one.id: one for one in made}
+    assert "queued" in states(session, by_id[whole]).values()
+    assert set(states(session, by_id[broken]).values()) == {"waiting"}
+    assert broken in caplog.text and "KeyError" in caplog.text and "Smith" not in caplog.text
+
+
+@pytest.mark.services
+def test_upkeep_and_workers_pass_by_an_experiment_that_another_holds(postgres_url):
+    migrate.upgrade(postgres_url)
+    engine = db.connect(postgres_url)
+    sessions = db.sessions(engine)
+    with sessions() as session:
+        world = (
+            dataset(session, "LUNA", {"u1": "train"}, labelled=False),
+            dataset(session, "LiTS", {"a": "train", "d": "test"}),
+        )
+        held, free = (create(session, world)[0].id for _ in range(2))
+        session.execute(db.ExperimentCell.__table__.update().values(run_id=None))
+        session.commit()
+    with sessions() as other, sessions() as session:
+        other.execute(select(db.Experiment).where(db.Experiment.id == held).with_for_update())
+        session.execute(text("SET lock_timeout = '2s'"))  # else what is wrong would hang here
+
+        assert experiments.advance(session, held) == []
+        session.commit()
+        upkeep.plan(sessions)
+
+        begun = select(db.ExperimentCell.experiment_id).where(db.ExperimentCell.run_id.is_not(None))
+        assert set(session.scalars(begun)) == {free}
+        with pytest.raises(OperationalError):  # the control: the row is locked
+            experiments.cancel(session, held)
+    engine.dispose()
 
 
 def test_a_canceled_experiment_begins_nothing_and_keeps_what_is_done(session, store, world):

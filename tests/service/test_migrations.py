@@ -1,7 +1,8 @@
 """The migrations make exactly the tables that the models describe, forth and back, with rows."""
 
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Engine, inspect, text
 
 from service import db, migrate, runs
+from service.db import connection
 
 
 def differences(engine: Engine) -> list[object]:
@@ -89,3 +91,22 @@ def test_the_databases_clock_shifts_by_seconds(engine, seconds):
         now, shifted = connection.execute(select(db.db_now(), db.db_now(seconds))).one()
 
     assert abs((shifted - now).total_seconds() - seconds) < 0.05
+
+
+@pytest.mark.services
+def test_a_lock_is_waited_for_so_long_and_another_migrator_however_long(postgres_url, monkeypatch):
+    other = db.connect(postgres_url)
+    with other.connect() as holder, ThreadPoolExecutor(1) as pool:
+        assert holder.execute(text("SHOW lock_timeout")).scalar_one() == connection.LOCK_TIMEOUT
+        holder.execute(text(f"SELECT pg_advisory_xact_lock({0x7063726C})"))
+        monkeypatch.setattr(connection, "LOCK_TIMEOUT", "1ms")
+        migrated = pool.submit(migrate.upgrade, postgres_url)
+        waits = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        while not (migrated.done() or holder.execute(waits).scalar_one()):
+            time.sleep(0.01)
+        time.sleep(0.1)  # a hundred times as long as any other lock would be waited for
+
+        assert not migrated.done()
+        holder.rollback()
+        migrated.result()
+    other.dispose()
