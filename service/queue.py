@@ -6,7 +6,8 @@ Order: highest priority; then the project with the fewest runs that are under wa
 A run is taken only by a worker that it fits (`Able`), and only while its project has fewer under
 way than it may (`Project.max_running`, else `max_running`). The choice is one SQL expression. It
 asks the partial index `ix_run_waiting` for each project's first run (a loose index scan: a step a
-project, not a run).
+project, not a run). On PostgreSQL claims of the same moment do not see one another: the claim
+counts once more, for one claim of a project at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import (
@@ -58,14 +59,21 @@ def unit(run: type[Run]) -> InstrumentedAttribute[str]:
     return run.project_id
 
 
-@cache
-def turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSelect[str]:
+@lru_cache(maxsize=64)
+def turn(
+    queue: str,
+    *,
+    able: Able = ANYTHING,
+    max_running: int = 0,
+    without: frozenset[str] = frozenset(),
+) -> ScalarSelect[str]:
     """The id of the run whose turn it is, locked for the claim; no row where none waits.
 
-    Another worker that claims at the same moment may hold that row: then this finds nothing, and
-    the caller falls back on `any_turn`.
+    Another worker that claims at the same moment may hold that row (PostgreSQL): then this finds
+    the project's next one of that priority, and nothing where it has none; the caller falls back on
+    `any_turn`. Projects in `without` are passed by.
     """
-    chosen = _project(queue, able, max_running)
+    chosen = _project(queue, able, max_running, without)
     return _first(
         queue,
         able,
@@ -74,10 +82,16 @@ def turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSe
     )
 
 
-@cache
-def any_turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> ScalarSelect[str]:
+@lru_cache(maxsize=64)
+def any_turn(
+    queue: str,
+    *,
+    able: Able = ANYTHING,
+    max_running: int = 0,
+    without: frozenset[str] = frozenset(),
+) -> ScalarSelect[str]:
     """The best run that nobody else is about to claim, whosever it is: priority, then age."""
-    held, limit = aliased(Run), _limit(max_running)
+    held, limit = aliased(Run), limit_of(max_running)
     busy = (
         select(unit(held))
         .join(Project, Project.id == unit(held))
@@ -85,7 +99,13 @@ def any_turn(queue: str, *, able: Able = ANYTHING, max_running: int = 0) -> Scal
         .group_by(unit(held), Project.max_running)
         .having(and_(limit > 0, func.count() >= limit))
     )
-    return _first(queue, able, unit(Run).not_in(busy))
+    return _first(queue, able, unit(Run).not_in(busy), _is_outside(unit(Run), without))
+
+
+def _is_outside(
+    project: InstrumentedAttribute[str] | ColumnElement[str], without: frozenset[str]
+) -> ColumnElement[bool]:
+    return project.not_in(sorted(without)) if without else literal(True)
 
 
 def is_waiting(run: type[Run], queue: str) -> ColumnElement[bool]:
@@ -107,6 +127,11 @@ def _spelled(states: Collection[RunState]) -> BindParameter[str]:
     """Written out in the statement: a partial index serves only a condition that spells its own."""
     values = sorted(state.value for state in states)
     return bindparam(None, values, expanding=True, literal_execute=True)
+
+
+def limit_of(max_running: int) -> ColumnElement[int]:
+    """How many of a project's runs may be under way in a queue; 0 is no limit."""
+    return func.coalesce(Project.max_running, max_running)
 
 
 def fits(run: type[Run], able: Able) -> ColumnElement[bool]:
@@ -187,12 +212,7 @@ def _first(queue: str, able: Able, *where: ColumnElement[bool]) -> ScalarSelect[
     )
 
 
-def _limit(max_running: int) -> ColumnElement[int]:
-    """How many of a project's runs may be under way in a queue; 0 is no limit."""
-    return func.coalesce(Project.max_running, max_running)
-
-
-def _project(queue: str, able: Able, max_running: int) -> CTE:
+def _project(queue: str, able: Able, max_running: int, without: frozenset[str]) -> CTE:
     """Whose turn it is (`unit`), and the highest priority of a run of theirs (`top`)."""
     projects = _projects(queue)
     waiting, first, held, recent = aliased(Run), aliased(Run), aliased(Run), aliased(Run)
@@ -213,11 +233,15 @@ def _project(queue: str, able: Able, max_running: int) -> CTE:
 
     under_way = count(held, _counts(held, queue)[0])
     began = count(recent, _counts(recent, queue)[1])
-    limit = _limit(max_running)
+    limit = limit_of(max_running)
     statement = (
         select(projects.c.unit, top.label("top"))
         .join(Project, Project.id == projects.c.unit)
-        .where(top.is_not(None), or_(limit == 0, under_way < limit))
+        .where(
+            top.is_not(None),
+            or_(limit == 0, under_way < limit),
+            _is_outside(projects.c.unit, without),
+        )
     )
     return statement.order_by(top.desc(), under_way + began, oldest).limit(1).cte("chosen")
 

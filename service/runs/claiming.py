@@ -5,14 +5,17 @@ from __future__ import annotations
 from sqlalchemy import (
     ScalarSelect,
     func,
+    select,
     true,
     update,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from service import faults
 from service import queue as turns
 from service.db import (
+    Project,
     Run,
     RunAttempt,
     RunKind,
@@ -22,6 +25,11 @@ from service.db import (
 from service.queue import ANYTHING, Able
 from service.runs.words import Lease
 from service.runs.writing import state_event
+
+ROOM_WAIT_MS = 2000
+"""The longest that a claim waits for another one of the same project, where there is a limit."""
+LOCK_NOT_AVAILABLE = "55P03"
+"""PostgreSQL's SQLSTATE where `lock_timeout` has passed."""
 
 
 def claim(
@@ -53,14 +61,10 @@ def claim(
     Returns:
         The run, now starting; None if nothing waits that this worker may take.
     """
-    choices = [turns.turn(queue, able=able, max_running=max_running)]
-    if only is None:  # the fallback knows no fair share: it would pass a better run of another kind
-        choices.append(turns.any_turn(queue, able=able, max_running=max_running))
-    for best in choices:
-        run = _claimed(session, best, queue, worker, lease_s=lease_s, only=only)
-        if run is not None:
-            break
-    else:
+    run = _next(
+        session, queue, worker, lease_s=lease_s, able=able, max_running=max_running, only=only
+    )
+    if run is None:
         session.rollback()
         return None
     session.add(RunAttempt(run_id=run.id, fence=run.fence, worker=worker))
@@ -81,6 +85,61 @@ def claim(
     session.commit()
     faults.point("claim.after_commit")
     return lease
+
+
+def _next(
+    session: Session,
+    queue: str,
+    worker: str,
+    *,
+    lease_s: float,
+    able: Able,
+    max_running: int,
+    only: RunKind | None,
+) -> Run | None:
+    """Take the best run, of a project that has room for it; not yet committed."""
+    full: frozenset[str] = frozenset()
+    while True:
+        choices = [turns.turn(queue, able=able, max_running=max_running, without=full)]
+        if only is None:  # the fallback knows no fair share: it'd pass a better run of another kind
+            choices.append(turns.any_turn(queue, able=able, max_running=max_running, without=full))
+        found = (
+            _claimed(session, best, queue, worker, lease_s=lease_s, only=only) for best in choices
+        )
+        run = next((one for one in found if one is not None), None)
+        if run is None or _has_room(session, run, max_running):
+            return run
+        full |= {run.project_id}
+        session.rollback()
+
+
+def _has_room(session: Session, run: Run, max_running: int) -> bool:
+    """Whether a project may have a run under way that this transaction has just taken of it.
+
+    A choice counts what was committed before it began: of two claims at once, both would pass the
+    limit. Here the second waits for the first one's commit and counts with it; a claimer that is
+    frozen holds another up once, for `ROOM_WAIT_MS`. Where there is no limit, nothing is locked.
+
+    Returns:
+        Whether the claim may be committed; if not, it is to be rolled back.
+    """
+    if session.get_bind().dialect.name != "postgresql":
+        return True  # SQLite has one writer at a time (db.connect), who sees every claim
+    limit = session.scalar(select(turns.limit_of(max_running)).where(Project.id == run.project_id))
+    if not limit:
+        return True
+    key = func.hashtextextended(f"{run.queue} {run.project_id}", 0)
+    session.execute(select(func.set_config("lock_timeout", str(ROOM_WAIT_MS), True)))
+    try:
+        session.execute(select(func.pg_advisory_xact_lock(key)))
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+            raise
+        return False
+    under_way = select(func.count()).where(
+        Run.queue == run.queue, Run.project_id == run.project_id, turns.is_held(Run)
+    )
+    return (session.scalar(under_way) or 0) <= limit
 
 
 def _claimed(

@@ -2,12 +2,14 @@
 
 import threading
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import select, text, update
 
 from service import db, migrate, queue, runs
 from service.queue import Able
+from service.runs import claiming
 from service.settings import Settings
 
 
@@ -30,6 +32,26 @@ def put(session, project: str, number: int = 1, **how) -> list[str]:
         ]
     session.commit()
     return made
+
+
+NEXT = {"lease_s": 30.0, "able": queue.ANYTHING, "only": None}
+
+
+def taking(sessions, limit: int) -> str | None:
+    """Claim in a session of its own, as another process does."""
+    with sessions() as session:
+        return take(session, finish=False, max_running=limit)
+
+
+def until_it_waits(sessions, claim: Future) -> None:
+    """Until the claim waits for a lock on the project, or has gone on without."""
+    waits = text(
+        "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database "
+        "WHERE locktype = 'advisory' AND NOT granted AND datname = current_database()"
+    )
+    with sessions() as session:
+        while not claim.done() and not session.scalar(waits):
+            session.rollback()
 
 
 def take(session, *, finish: bool = True, **how) -> str | None:
@@ -162,6 +184,35 @@ def test_a_project_at_its_limit_waits_while_others_go_on(sessions):
 
         assert Counter(taken) == {"busy": 2, "quiet": 1, None: 1}
         assert take(session, finish=False) == "busy"  # the control: without a limit
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(1, ["busy", "quiet", None]), (0, ["busy"] * 3)])
+def test_claims_at_once_do_not_pass_a_projects_limit(postgres_sessions, limit, taken):
+    """The first is not committed when the second chooses; without a limit it is no matter."""
+    with postgres_sessions() as session:
+        put(session, "busy", 5, priority=1)
+        put(session, "quiet", 1)
+    with postgres_sessions() as first, ThreadPoolExecutor(1) as pool:
+        run = claiming._next(first, "inference", "w", max_running=limit, **NEXT)
+
+        second = pool.submit(taking, postgres_sessions, limit)
+        until_it_waits(postgres_sessions, second)
+        first.commit()
+
+        found = [run.project_id.removeprefix("prj_"), second.result()]
+    assert [*found, taking(postgres_sessions, limit)] == taken
+
+
+def test_a_claimer_that_is_frozen_stops_nobody_elses_runs(postgres_sessions, monkeypatch):
+    monkeypatch.setattr(claiming, "ROOM_WAIT_MS", 10)
+    with postgres_sessions() as session:
+        put(session, "busy", 5, priority=1)
+        put(session, "quiet", 1)
+    with postgres_sessions() as frozen:
+        assert claiming._next(frozen, "inference", "w", max_running=2, **NEXT) is not None
+
+        assert [taking(postgres_sessions, 2) for _ in range(2)] == ["quiet", None]
+    assert taking(postgres_sessions, 2) == "busy"  # the control: it is gone, and there is room
 
 
 def test_a_projects_own_limit_goes_before_the_sites(sessions):
