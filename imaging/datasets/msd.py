@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, Field
 
 from imaging.datasets.files import Files
-from imaging.datasets.plan import Case, LayoutError, Options, Plan, slug
+from imaging.datasets.plan import Case, LayoutError, Options, Plan, by_slug, slug
 from imaging.datasets.tables import document
 
 
@@ -64,8 +64,12 @@ def read(folder: Path, options: Options) -> Plan:
 
 
 def label_values(names: dict[int, str]) -> dict[str, int]:
-    """Value of each class but the background."""
-    return {slug(name): value for value, name in sorted(names.items()) if value != 0}
+    """Value of each class but the background.
+
+    Raises:
+        LayoutError: `bad_table`: two classes are called alike.
+    """
+    return by_slug((name, value) for value, name in sorted(names.items()) if value != 0)
 
 
 def _case(files: Files, image: str, label: str | None, num_channels: int) -> Case:

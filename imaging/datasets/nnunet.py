@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from imaging.datasets.files import Files
-from imaging.datasets.plan import Case, LayoutError, Options, Plan, Split, slug
+from imaging.datasets.plan import Case, LayoutError, Options, Plan, Split, by_slug, slug
 from imaging.datasets.tables import document
 
 _ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -86,11 +86,10 @@ def read(folder: Path, options: Options) -> Plan:
 
 def _labels(described: Description) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
     """Classes and regions; version 1 maps values to names, version 2 names to values."""
-    labels: dict[str, int] = {}
-    regions: dict[str, tuple[int, ...]] = {}
+    named: list[tuple[str, int | tuple[int, ...]]] = []
     for left, right in described.labels.items():
         if isinstance(right, tuple):
-            regions[slug(left)] = right
+            named.append((left, right))
             continue
         name, value = (right, left) if isinstance(right, str) else (left, right)
         try:
@@ -98,7 +97,10 @@ def _labels(described: Description) -> tuple[dict[str, int], dict[str, tuple[int
         except ValueError:
             raise LayoutError("bad_table", f"dataset.json: label {left!r} has no value") from None
         if number != 0:
-            labels[slug(str(name))] = number
+            named.append((str(name), number))
+    found = by_slug(named)
+    labels = {name: value for name, value in found.items() if isinstance(value, int)}
+    regions = {name: value for name, value in found.items() if isinstance(value, tuple)}
     if regions:  # single values beside regions are regions of one value
         regions.update({name: (value,) for name, value in labels.items() if name != "ignore"})
         labels = {name: value for name, value in labels.items() if name == "ignore"}

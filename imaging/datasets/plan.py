@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 Split = Literal["train", "val", "test"]
 Point = tuple[float, float, float]
+Value = TypeVar("Value")
 
 
 class LayoutError(Exception):
@@ -188,6 +189,22 @@ class Plan:
 def files_of(image: Image) -> tuple[Path, ...]:
     """The file of an image, or header and voxels."""
     return (image.path,) if image.voxels is None else (image.path, image.voxels)
+
+
+def by_slug(named: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    """What belongs to names, by their slugs.
+
+    Raises:
+        LayoutError: `bad_table`: two names have one slug, or one has none.
+    """
+    found: dict[str, tuple[str, Value]] = {}
+    for name, value in named:
+        key = slug(name)
+        if key in found:
+            both = f"{found[key][0]!r} and {name!r}"
+            raise LayoutError("bad_table", f"labels {both} are called alike: {key}")
+        found[key] = (name, value)
+    return {key: value for key, (_, value) in found.items()}
 
 
 def slug(text: str) -> str:

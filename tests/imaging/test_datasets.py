@@ -282,6 +282,11 @@ def test_one_channel_of_msd_can_be_asked_for(tmp_path: Path) -> None:
         ({"training": [{"image": "/etc/passwd", "label": "x"}]}, "file_missing"),
         ({"modality": {}}, "bad_table: dataset.json: modality"),
         ({"modality": {"0": "T2", "1": "t2"}}, "bad_table: .* alike"),
+        (
+            {"labels": {"0": "background", "1": "Tumor", "2": "tumor!"}},
+            "bad_table: .* alike: tumor",
+        ),
+        ({"labels": {"1": f"{'a' * 32}_left", "2": f"{'a' * 32}_right"}}, "bad_table: .* alike"),
         ({"training": [], "test": []}, "not_this_layout"),
     ],
 )
@@ -332,6 +337,22 @@ def test_nnunet_reads_channels_by_number_in_both_versions(
     ]  # fmt: skip
     assert plan.has_test
     assert bool(plan.notes) == (described is V2)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"background": 0, "Tumor": 1, "tumor ": 2},
+        {"0": "background", "1": "Tumor", "2": "tumor"},
+        {"background": 0, "Whole": [1, 2], "whole": [2]},
+        {"background": 0, "Whole": [1, 2], "whole": 2},
+    ],
+)
+def test_nnunet_labels_that_would_become_one_are_refused(
+    tmp_path: Path, labels: dict[str, object]
+) -> None:
+    with pytest.raises(LayoutError, match=r"bad_table: labels .* alike: (tumor|whole)"):
+        read_layout("nnunet", nnunet(tmp_path, {**V2, "labels": labels}))
 
 
 def test_nnunet_regions_are_unions_of_values(tmp_path: Path) -> None:
