@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Select, select
+from sqlalchemy import Select, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -35,13 +35,13 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewEmbedding:
-    """The vector of a run, recorded when the run succeeds."""
+    """What a run found of a volume or of its region, recorded when the run succeeds."""
 
     model_name: str
     model_version: int
     bundle_digest: str
-    vector: npt.NDArray[np.float32]
-    """(E,)"""
+    vector: npt.NDArray[np.float32] | None
+    """(E,); None: the run found no such region, and what an older one found is removed."""
     region: str = WHOLE
 
 
@@ -74,11 +74,22 @@ class Found:
 
 
 def record(session: Session, run_id: str, volume_id: str, new: NewEmbedding) -> None:
-    """Store a run's vector instead of an older one of its space; the caller commits.
+    """Store what a run found instead of an older vector of its space; the caller commits.
 
     Raises:
         ValueError: It is not one vector of finite numbers.
     """
+    if new.vector is None:
+        session.execute(
+            delete(Embedding)
+            .where(
+                Embedding.bundle_digest == new.bundle_digest,
+                Embedding.region == new.region,
+                Embedding.volume_id == volume_id,
+            )
+            .execution_options(synchronize_session=False)
+        )
+        return
     vector = np.ascontiguousarray(new.vector, dtype=STORED)
     if vector.ndim != 1 or vector.size == 0 or not np.isfinite(vector).all():
         raise ValueError(f"an embedding is one vector of finite numbers, not {vector.shape}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from celery import shared_task
 from celery.signals import worker_process_init
 
@@ -217,8 +218,8 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
         },
     }
     pointer = lease.spec["model"]
-    vectors = [(WHOLE, found.vector)]
-    vectors += [(one.region, one.vector) for one in told if one.vector is not None]
+    vectors: list[tuple[str, npt.NDArray[np.float32] | None]] = [(WHOLE, found.vector)]
+    vectors += [(one.region, one.vector) for one in told]
     stored = [
         NewEmbedding(
             model_name=str(pointer["name"]),

@@ -52,7 +52,7 @@ def finish(
         artifacts: Files in the store that now belong to the run.
         register: The bundle that becomes a model version; its `{name, version}` is added to
             the result as `model`.
-        vectors: Of the run's volume and its regions, to be found by a search.
+        vectors: Of the run's volume and its regions, to be found by a search, or no longer.
 
     Raises:
         Fenced: The run is no longer ours; nothing was written.

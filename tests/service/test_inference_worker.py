@@ -177,6 +177,29 @@ def test_regions_come_from_a_segmentation_or_from_a_segmenter(
     assert (found.items[0].volume_id, found.items[0].cosine) == (scans[0].id, pytest.approx(1.0))
 
 
+def test_a_region_that_a_newer_run_finds_gone_is_found_no_longer(
+    sessions, settings, scans, make_bundle, mapped_encoder, thresholds
+):
+    """Other regions keep theirs: of the same run, and those that it was not asked for."""
+    encoder = register(sessions, settings, make_bundle(mapped_encoder), "encoder")
+    segmenter = register(
+        sessions, settings, make_bundle(thresholds(3), labels=("bright", "rare")), "segmenter"
+    )
+    one = workers.make_worker(settings, "inference", name="w")
+
+    def regions_after(values: dict[str, int]) -> list[str]:
+        asked = {"regions": {"model": segmenter, "values": values}}
+        post(sessions, "embed", scans[0], encoder, asked)
+        assert workers.work_through(one, tasks.run) == 1
+        with sessions() as session:
+            return sorted(session.scalars(select(db.Embedding.region)))
+
+    before = regions_after({"a": 1, "b": 1, "unasked": 1})  # the label is there
+    after = regions_after({"a": 2, "b": 1})  # no voxel has this label
+
+    assert (before, after) == (["", "a", "b", "unasked"], ["", "b", "unasked"])
+
+
 def test_a_segmentation_whose_mask_is_gone_fails_the_run_by_name(
     sessions, settings, scans, make_bundle, mapped_encoder
 ):
