@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 from imaging import nifti
-from models.recipe import PretrainRecipe
+from models.recipe import PretrainRecipe, SplitShares
 from trainer import checkpoint, folder, methods
 from trainer.__main__ import main
 from trainer.data.resident import Resident
+from trainer.data.scans import discover
 from trainer.probes import examples
 from trainer.probes.crops import lively_crops
 from trainer.probes.encoders import features_of, load_encoder, random_encoder
 from trainer.probes.linear import accuracy, fit, is_right
-from trainer.probes.run import answered, owners
+from trainer.probes.run import answered, owners, run
+
+CPU = torch.device("cpu")
 
 
 class Corner(nn.Module):
@@ -186,6 +189,28 @@ def test_a_probe_prints_accuracy_interval_and_controls(world, tmp_path, capsys) 
     assert 0 <= low <= found["accuracy"] <= high <= 1
     assert set(found["controls"]) == {"random_encoder", "shuffled_labels"}
     assert found["controls"]["shuffled_labels"]["accuracy"] < 0.5
+
+
+@pytest.mark.parametrize("probe", ["rotation", "position"])
+def test_the_same_seed_gives_the_same_result_and_another_does_not(
+    probe, world, tmp_path, report
+) -> None:
+    """Whatever torch's own generator has drawn before, and from a cache that is new."""
+    folder_of_scans, saved = world
+    for number in range(4, 8):
+        (folder_of_scans / f"p{number}.nii").unlink()
+    scans = discover(folder_of_scans, shares=SplitShares(train=0.5, val=0, test=0.5))
+
+    def probed(seed: int, cache: str) -> str:
+        torch.rand(seed + len(cache))
+        found = run(probe, saved, scans, tmp_path / cache, report, device=CPU, seed=seed)
+        del found["seed"]
+        return json.dumps(found)
+
+    first = probed(1, "a")
+
+    assert probed(1, "new") == first
+    assert probed(2, "a") != first
 
 
 def test_an_encoder_comes_out_of_a_checkpoint_as_it_was(world) -> None:
