@@ -16,6 +16,7 @@ from pydantic.json_schema import models_json_schema
 from service import db, schemas
 from service.envelope import Envelope
 from service.errors import install_handlers, log_unexpected, problem, request_id_of
+from service.experiment_reports import Reports
 from service.http_metrics import HttpMetrics
 from service.metrics import ServiceMetrics
 from service.routers import (
@@ -80,6 +81,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.store = Store(settings.data_dir, min_free_bytes=settings.min_free_bytes)
         app.state.sessions = db.sessions(engine)
         app.state.of_project = {}  # deps.Sessions
+        app.state.reports = Reports()
         app.state.http_metrics = HttpMetrics()
         app.state.metrics = CollectorRegistry()
         app.state.metrics.register(

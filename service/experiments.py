@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -22,13 +22,10 @@ from pydantic import ValidationError
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from models.experiment.cases import FILE, CaseResults
 from models.experiment.plan import Cell, Method, Plan, cells, extended, recipe_of
-from models.experiment.report import Outcome, Report, build
 from service import datasets, registry, runs
 from service.db import (
     TERMINAL,
-    Artifact,
     Cursor,
     Experiment,
     ExperimentCell,
@@ -42,7 +39,6 @@ from service.db import (
     within,
 )
 from service.errors import ServiceError
-from service.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -309,44 +305,6 @@ def extend(
     experiment.plan = plan.model_dump(mode="json")
     session.flush()
     return advance(session, experiment_id)
-
-
-def outcomes(session: Session, store: Store, experiment: Experiment) -> dict[str, Outcome]:
-    """What has become of each cell, with the cases of those that are done."""
-    found = standings(session, experiment)
-    run_ids = [one.run.id for one in found if one.run is not None]
-    kept = select(Artifact).where(Artifact.run_id.in_(run_ids), Artifact.name == FILE)
-    files = {artifact.run_id: artifact.sha256 for artifact in session.scalars(kept)}
-    return {one.cell.key: _outcome(one, files, store) for one in found}
-
-
-def report(
-    session: Session, store: Store, experiment: Experiment
-) -> tuple[Report, dict[str, Outcome]]:
-    """The report so far, and what it is of."""
-    found = outcomes(session, store, experiment)
-    told = build(
-        plan_of(experiment),
-        found,
-        name=experiment.name,
-        source=datasets.get(session, experiment.source_dataset_id).name,
-        target=datasets.get(session, experiment.target_dataset_id).name,
-    )
-    return told, found
-
-
-def _outcome(one: Standing, files: Mapping[str, str], store: Store) -> Outcome:
-    error = one.error or {}
-    reason = f"{error['code']}: {error['detail']}" if error else ""
-    if one.state == RunState.SUCCEEDED:
-        assert one.run is not None
-        if one.cell.kind == "pretrain":
-            return Outcome("succeeded")
-        path = store.verify(files[one.run.id])
-        return Outcome("succeeded", CaseResults.model_validate_json(path.read_bytes()))
-    if one.state == RunState.FAILED:
-        return Outcome("failed", reason=reason)
-    return Outcome("canceled" if one.state == RunState.CANCELED else "open", reason=reason)
 
 
 def _locked(session: Session, experiment_id: str) -> Experiment:

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from service import db, faults, idempotency
 from service.auth import Principal, Role, identify, principal, site_pseudonyms
 from service.errors import ServiceError
+from service.experiment_reports import Reports
 from service.idempotency import Answer
 from service.routers.strict import StrictRoute
 from service.settings import Settings
@@ -77,6 +78,10 @@ def _store(request: Request) -> Store:
     return cast(Store, request.app.state.store)
 
 
+def _reports(request: Request) -> Reports:
+    return cast(Reports, request.app.state.reports)
+
+
 def _settings(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
@@ -88,6 +93,7 @@ DbSession = Annotated[Session, Depends(_session, scope="function")]
 ProjectsSession = Annotated[Session, Depends(_projects_session, scope="function")]
 """A session that sees the projects that the caller may see."""
 StoreOf = Annotated[Store, Depends(_store)]
+ReportsOf = Annotated[Reports, Depends(_reports)]
 SettingsOf = Annotated[Settings, Depends(_settings)]
 
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated
 
 from fastapi import Query, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from models.experiment import render
-from models.experiment.curve import svg
-from models.experiment.report import Outcome, Report
-from service import celery_app, db, experiments, quota, schemas
+from service import celery_app, db, experiment_reports, experiments, quota, schemas
+from service.experiment_reports import Facts, Form
 from service.idempotency import Answer
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import deps, docs
 
 RETRY_AFTER_S = "30"
-Form = Literal["json", "markdown", "svg", "csv"]
-FORMS: dict[Form, tuple[str, Callable[[Report, dict[str, Outcome]], str]]] = {
-    "json": ("application/json", lambda told, _: told.model_dump_json()),
-    "markdown": ("text/markdown; charset=utf-8", lambda told, _: render.markdown(told)),
-    "svg": ("image/svg+xml", lambda told, _: svg(told)),
-    "csv": ("text/csv; charset=utf-8", lambda told, found: render.cases_csv(told.plan, found)),
+MEDIA_TYPES: dict[Form, str] = {
+    "json": "application/json",
+    "markdown": "text/markdown; charset=utf-8",
+    "svg": "image/svg+xml",
+    "csv": "text/csv; charset=utf-8",
 }
 _REPORT: docs.Responses = {
     200: {
@@ -142,19 +139,24 @@ def list_experiment_trainings(
     operation_id="get_experiment_report",
     summary="Get the report of an experiment",
     response_class=Response,
-    responses=_REPORT | docs.problems("invalid_request", "not_found"),
+    responses=_REPORT | docs.problems("invalid_request", "not_found", "blob_corrupt"),
 )
-def get_experiment_report(
+async def get_experiment_report(
     experiment_id: schemas.ExperimentId,
     _caller: deps.Viewer,
-    session: deps.DbSession,
+    sessions: deps.Sessions,
     store: deps.StoreOf,
+    reports: deps.ReportsOf,
     form: Annotated[Form, Query(alias="format")] = "json",
 ) -> Response:
     """The curve, its intervals and tests, of the trainings that have succeeded so far."""
-    told, found = experiments.report(session, store, experiments.get(session, experiment_id))
-    media_type, made = FORMS[form]
-    return Response(made(told, found), media_type=media_type)
+
+    def read() -> Facts:
+        with sessions() as session:
+            return experiment_reports.read(session, experiments.get(session, experiment_id))
+
+    texts = await reports.texts(await run_in_threadpool(read), store)
+    return Response(texts[form], media_type=MEDIA_TYPES[form])
 
 
 @router.post(

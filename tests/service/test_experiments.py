@@ -3,6 +3,7 @@
 import json
 import threading
 
+import anyio
 import numpy as np
 import pytest
 from sqlalchemy import func, select, text
@@ -11,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from models.experiment import render
 from models.experiment.cases import FILE, CaseResult, CaseResults
 from models.experiment.plan import Method, Plan
-from service import datasets, db, experiments, migrate, registry, runs, upkeep
+from service import datasets, db, experiment_reports, experiments, migrate, registry, runs, upkeep
 from service.db import RunState
 from service.errors import ServiceError
 from service.runs import NewArtifact, NewVersion
@@ -226,7 +227,7 @@ def test_a_failed_pretraining_fails_what_needs_it_with_the_reason(session, store
     assert "non_finite_loss" in failed.error["detail"] and failed.run is None
     assert found["finetune/pcrl/50%/0"].state == "succeeded"
     assert experiments.summary(made, list(found.values())).state == "failed"
-    told, _ = experiments.report(session, store, made)
+    told, _ = experiment_reports.built(experiment_reports.read(session, made), store)
     assert [one.key for one in told.missing] == ["pretrain/pcrl/1", "finetune/pcrl/50%/1"]
     again = experiments.extend(session, made.id, retry=True)
     session.commit()
@@ -351,7 +352,8 @@ def test_the_report_is_the_same_however_the_runs_came(session, store, world, tmp
                 session.commit()
         else:
             work(session, store)
-        report, outcomes = experiments.report(session, store, made)
+        facts = experiment_reports.read(session, made)
+        report, outcomes = experiment_reports.built(facts, store)
         told.append((report.model_dump_json(), render.cases_csv(report.plan, outcomes)))
 
     assert told[0] == told[1]
@@ -398,3 +400,17 @@ def test_a_target_that_cannot_judge_is_refused_and_one_in_use_stays(session, wor
     with pytest.raises(ServiceError) as kept:
         datasets.delete(session, world[1])
     assert kept.value.code == "dataset_in_use" and "1 experiments" in kept.value.detail
+
+
+def test_the_last_reports_are_kept_and_no_more(monkeypatch):
+    made = []
+    monkeypatch.setattr(experiment_reports, "_texts", lambda facts, _: made.append(facts) or {})
+    a, b, c = (experiment_reports.Facts(name, "s", "t", "{}", ()) for name in "abc")
+
+    async def ask():
+        reports = experiment_reports.Reports(kept=2)
+        for facts in (a, b, a, c, a, b):
+            await reports.texts(facts, None)
+
+    anyio.run(ask)
+    assert made == [a, b, c, b]  # b made room for c, and a was asked for since

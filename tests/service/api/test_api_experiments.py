@@ -1,8 +1,15 @@
 """Experiments over the API: planned, followed, extended, canceled, reported."""
 
+import sqlite3
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
+from sqlalchemy import make_url, update
+
+from models.experiment.cases import FILE, CaseResult, CaseResults
+from service import db, experiment_reports, experiments, runs
 
 FINETUNE = {"kind": "finetune", "network": {"base_width": 2}, "labels": {"liver": 1}}
 PRETRAIN = {"kind": "pretrain", "network": {"base_width": 2}}
@@ -121,3 +128,78 @@ def test_who_may_not_and_what_is_not_there(api, tested, target):
     assert untested.json()["code"] == "dataset_without_labels"
     unknown = api("POST", "/experiments", json=body(f"ds_{'0' * 32}", tested))
     assert (unknown.status_code, unknown.json()["code"]) == (404, "not_found")
+
+
+def succeed(api, where, key):
+    """End a fine-tuning as its worker would; returns where its results lie."""
+    (run_id,) = [
+        one["run_id"]
+        for one in api("GET", f"{where}/trainings").json()["items"]
+        if one["key"] == key
+    ]
+    case = CaseResult(case_id="c", subject="c", values={"liver": 0.5})
+    results = CaseResults(measure="dice", labels=("liver",), cases=(case,))
+    path = api.store.tmp / uuid.uuid4().hex
+    path.write_text(results.model_dump_json())
+    sha256, size = api.store.put_file(path)
+    with api.sessions() as session:
+        session.execute(update(db.Run).where(db.Run.id == run_id).values(priority=100))
+        lease = runs.claim(session, run_id, "train", "w")
+        assert lease.run_id == run_id
+        runs.started(session, lease)
+        kept = (runs.NewArtifact(FILE, sha256, size, "application/json"),)
+        done = db.RunState.SUCCEEDED
+        runs.finish(session, lease, done, outcome="done", artifacts=kept)
+    return api.store.path_of(sha256)
+
+
+def write_at_once(path):
+    """Begin to write, which fails while another transaction is open."""
+    with closing(sqlite3.connect(path, timeout=0.1, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("ROLLBACK")
+
+
+def test_a_report_is_built_once_and_holds_no_transaction_meanwhile(api, tested, monkeypatch):
+    made = api("POST", "/experiments", json=body(tested, tested)).json()
+    where = f"/experiments/{made['id']}"
+    path, build, num_built = (
+        make_url(api.settings.database_url).database,
+        experiment_reports.build,
+        [],
+    )
+
+    def watched(*args, **names):
+        write_at_once(path)
+        num_built.append(1)
+        return build(*args, **names)
+
+    monkeypatch.setattr(experiment_reports, "build", watched)
+    with api.sessions() as held, pytest.raises(sqlite3.OperationalError):  # the control
+        experiments.get(held, made["id"])
+        write_at_once(path)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: api("GET", f"{where}/report"), range(4)))
+    api("GET", f"{where}/report?format=csv")
+
+    assert {one.status_code for one in answers} == {200} and len(num_built) == 1
+    assert "finetune/scratch/100%/0" in {one["key"] for one in answers[0].json()["missing"]}
+    succeed(api, where, "finetune/scratch/100%/0")
+    after = api("GET", f"{where}/report").json()
+    assert len(num_built) == 2 and after["num_cases"] == 1
+    assert "finetune/scratch/100%/0" not in {one["key"] for one in after["missing"]}
+
+
+def test_a_report_of_a_changed_file_is_refused(api, tested):
+    made = api("POST", "/experiments", json=body(tested, tested, seeds=[7])).json()
+    where = f"/experiments/{made['id']}"
+    cases = succeed(api, where, "finetune/scratch/100%/7")
+    whole = cases.read_bytes()
+    cases.chmod(0o600)
+    cases.write_bytes(whole.replace(b"0.5", b"0.9"))
+
+    refused = api("GET", f"{where}/report")
+
+    assert (refused.status_code, refused.json()["code"]) == (500, "blob_corrupt")
+    cases.write_bytes(whole)
+    assert api("GET", f"{where}/report").status_code == 200
