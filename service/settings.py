@@ -169,7 +169,8 @@ class Settings(BaseSettings):
     max_stored_bytes: int = Field(
         default=0,
         ge=0,
-        description="Bytes that a project's scans may take; uploads beyond get 429. 0: any.",
+        description="Bytes that a project's scans, begun uploads and sent models may take; "
+        "more get 429. 0: any.",
     )
     wait_max_s: PositiveFloat = Field(
         default=60.0, description="Longest `Prefer: wait=N` that the API grants."

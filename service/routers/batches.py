@@ -190,6 +190,7 @@ def cancel_batch(
         "invalid_request",
         "not_found",
         "nothing_to_retry",
+        "quota_exceeded",
         "idempotency_mismatch",
         "idempotency_in_flight",
     ),
@@ -203,6 +204,7 @@ async def retry_batch(
     """Queue the scans that failed or were canceled, by the same version of the model."""
 
     def work(session: Session) -> Answer:
+        quota.check_runs(session, caller.project_id, settings)
         batches.retry(session, batch_id, principal=caller.id)
         headers = {"Location": f"{deps.PREFIX}/batches/{batch_id}", "Retry-After": RETRY_AFTER_S}
         view = _views(session, [batches.get(session, batch_id)])[0]

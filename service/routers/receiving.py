@@ -13,11 +13,14 @@ from typing import Protocol, TypeVar, cast
 import anyio
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
-from service import db
+from service import db, quota
+from service.auth import Principal
 from service.errors import ServiceError
 from service.routers import deps, views
+from service.settings import Settings
 from service.storage import Store
 
 PIECE_BYTES = 1 << 20
@@ -88,6 +91,18 @@ def check_room(store: Store, size: int, max_bytes: int) -> None:
         raise ServiceError(
             507, "insufficient_storage", "too little disk space would stay free after the upload"
         )
+
+
+def check_quota(
+    sessions: sessionmaker[Session], caller: Principal, settings: Settings, size: int
+) -> None:
+    """Refuse a file for which the caller's project has no room (429).
+
+    To be asked by the announced size, before anything is read, and by what was received: a body in
+    chunks announces none.
+    """
+    with sessions() as session:
+        quota.check_bytes(session, caller.project_id, settings, more=size)
 
 
 async def receive(request: Request, writer: Writer) -> None:

@@ -289,9 +289,11 @@ async def import_model(
     receiving.check_media_type(request, ARCHIVES)
     announced = receiving.declared_size(request) or 0
     await run_in_threadpool(receiving.check_room, store, announced, settings.max_upload_bytes)
+    await run_in_threadpool(receiving.check_quota, sessions, caller, settings, announced)
     writer = await run_in_threadpool(store.receive, max_bytes=settings.max_upload_bytes)
     with writer:
         await receiving.receive(request, writer)
+        await run_in_threadpool(receiving.check_quota, sessions, caller, settings, writer.size)
         sha256, size = await run_in_threadpool(_committed, store, writer)
 
     def work(session: Session) -> Answer:

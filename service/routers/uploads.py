@@ -18,7 +18,6 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
-from imaging.identity import Policy
 from service import db, quota, schemas, uploads
 from service.auth import Principal, site_pseudonyms
 from service.errors import ServiceError
@@ -78,7 +77,7 @@ async def begin_upload(
     def work(session: Session) -> Answer:
         upload, is_new = uploads.begin(session, wanted, caller)
         if is_new:
-            quota.check_bytes(session, caller.project_id, settings, more=wanted.size_bytes)
+            _check_quota(session, upload, settings)
         headers = {"Location": f"{deps.PREFIX}/uploads/{upload.id}"}
         shown = _view(upload, store, settings).model_dump(mode="json")
         return Answer(201 if is_new else 200, headers, shown)
@@ -185,6 +184,7 @@ async def send_piece(
         "upload_busy",
         "digest_mismatch",
         "insufficient_storage",
+        "quota_exceeded",
         *receiving.SCAN_PROBLEMS,
     ),
 )
@@ -198,9 +198,8 @@ async def complete_upload(
     settings: deps.SettingsOf,
 ) -> JSONResponse:
     """Check the file's digest and read the scan in a child process; safe to repeat."""
-    policy = settings.policy()
     return await receiving.in_turn(
-        request, lambda: _complete(sessions, store, upload_id, caller, policy)
+        request, lambda: _complete(sessions, store, upload_id, caller, settings)
     )
 
 
@@ -226,12 +225,21 @@ def _complete(
     store: Store,
     upload_id: str,
     caller: Principal,
-    policy: Policy | None,
+    settings: Settings,
 ) -> JSONResponse:
     with sessions() as session:
-        upload = _own(session, upload_id, caller)
-        volume, is_new = uploads.complete(session, store, upload, caller, policy=policy)
+        upload = uploads.get(session, upload_id, caller)
+        if upload.volume_id is None:
+            _check_quota(session, upload, settings)
+        session.commit()
+        volume, is_new = uploads.complete(session, store, upload, caller, policy=settings.policy())
         return receiving.volume_answer(volume, size_of(session, volume), is_new=is_new)
+
+
+def _check_quota(session: Session, upload: db.Upload, settings: Settings) -> None:
+    quota.check_bytes(
+        session, upload.project_id, settings, more=upload.size_bytes, upload_id=upload.id
+    )
 
 
 def _kept_uid(series_uid: str | None, store: Store, settings: Settings) -> str | None:

@@ -11,12 +11,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from imaging.identity import Policy
-from service import db, quota, retention, schemas, volumes
+from service import db, retention, schemas, volumes
 from service.auth import Principal
 from service.errors import ServiceError
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import deps, docs, files, receiving, views
-from service.settings import Settings
 from service.storage import Store
 
 _BODY = {
@@ -67,12 +66,13 @@ async def upload_volume(
     receiving.check_media_type(request)
     announced = receiving.declared_size(request) or 0
     await run_in_threadpool(receiving.check_room, store, announced, settings.max_upload_bytes)
-    await run_in_threadpool(_check_quota, sessions, caller, settings, announced)
+    await run_in_threadpool(receiving.check_quota, sessions, caller, settings, announced)
     writer = await run_in_threadpool(store.receive, max_bytes=settings.max_upload_bytes)
     with writer:
         await receiving.receive(request, writer)
         if writer.size == 0:
             raise ServiceError(422, "not_a_scan", "the request has no body; a scan was expected")
+        await run_in_threadpool(receiving.check_quota, sessions, caller, settings, writer.size)
         sha256 = await run_in_threadpool(writer.close)
         volume, size, is_new = await receiving.in_turn(
             request,
@@ -171,13 +171,6 @@ def delete_volume(
 ) -> None:
     """Delete a volume that no dataset and no run refers to, and its files."""
     volumes.delete(session, store, volume_id)
-
-
-def _check_quota(
-    sessions: sessionmaker[Session], caller: Principal, settings: Settings, announced: int
-) -> None:
-    with sessions() as session:
-        quota.check_bytes(session, caller.project_id, settings, more=announced)
 
 
 def _ingest(

@@ -95,6 +95,20 @@ def test_cancel_ends_what_waits_and_keeps_what_is_done(api, world, dataset):
     assert again.json()["code"] == "run_already_ended"
 
 
+def test_a_batch_is_not_retried_beyond_the_quota(api, world, dataset):
+    """The last is the control: without the limit it is."""
+    batch = start(api, world, dataset).json()["id"]
+    api("POST", f"/batches/{batch}:cancel")
+    api("POST", "/segmentations", json={"volume_id": world.image, "model": world.segmenter})
+
+    api("PATCH", "/projects/prj_default", json={"max_queued": 1})
+    refused = api("POST", f"/batches/{batch}:retry")
+    api("PATCH", "/projects/prj_default", json={"max_queued": None})
+
+    assert (refused.status_code, refused.json()["code"]) == (429, "quota_exceeded")
+    assert api("POST", f"/batches/{batch}:retry").status_code == 202
+
+
 def test_a_batch_sent_twice_with_one_key_is_made_once(api, world, dataset):
     key = {"Idempotency-Key": uuid.uuid4().hex}
 

@@ -1,13 +1,17 @@
 """Health, metrics, quotas, placement, verified downloads and idempotency under load."""
 
+import base64
+import hashlib
+import io
 import logging
 import uuid
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import delete, func, select, update
 
-from service import db, retention, runs
+from service import db, quota, retention, runs
 from service.queue import Able
 from service.routers import files
 from service.settings import Settings
@@ -196,6 +200,88 @@ def test_more_stored_bytes_than_the_quota_are_refused(own, scans):
     more = {"max_stored_bytes": 10**9}
     assert api("PATCH", "/projects/prj_default", json=more).json()["max_stored_bytes"] == 10**9
     assert api("POST", "/uploads", json=announced).status_code == 201  # its own limit goes before
+
+
+def wanted(data: bytes, **more) -> dict:
+    return {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **more}
+
+
+def limit_bytes(api, more: int) -> None:
+    """Let the project keep `more` bytes than it has."""
+    with api.sessions() as session:
+        limit = quota.stored_bytes(session, "prj_default") + more
+    changed = api("PATCH", "/projects/prj_default", json={"max_stored_bytes": limit})
+    assert changed.status_code == 200
+
+
+def test_uploads_that_were_begun_count_against_the_quota(own):
+    """The third is the control: what was given up leaves room."""
+    api = own()
+    limit_bytes(api, 1500)
+
+    begun = [api("POST", "/uploads", json=wanted(bytes([n]) * 1000)) for n in range(2)]
+    again = api("POST", "/uploads", json=wanted(bytes([0]) * 1000))
+    api("DELETE", f"/uploads/{begun[0].json()['id']}")
+    third = api("POST", "/uploads", json=wanted(bytes([2]) * 1000))
+
+    assert [one.status_code for one in (*begun, again, third)] == [201, 429, 200, 201]
+
+
+def test_an_upload_is_not_completed_beyond_the_quota_and_stays(own, scans):
+    api = own()
+    data = scans.labels
+    made = api("POST", "/uploads", json=wanted(data, kind="labels")).json()["id"]
+    digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Content-Range": f"bytes 0-{len(data) - 1}/{len(data)}",
+        "Content-Digest": f"sha-256=:{digest}:",
+    }
+    assert api("PUT", f"/uploads/{made}", content=data, headers=headers).status_code == 200
+
+    limit_bytes(api, len(data) - 1)
+    refused = api("POST", f"/uploads/{made}:complete")
+    limit_bytes(api, len(data))
+    done = api("POST", f"/uploads/{made}:complete")
+    limit_bytes(api, -1)
+    again = api("POST", f"/uploads/{made}:complete")
+
+    assert (refused.status_code, refused.json()["code"]) == (429, "quota_exceeded")
+    assert (done.status_code, again.status_code) == (201, 200)
+
+
+def test_a_scan_that_is_sent_in_chunks_is_held_to_the_quota(own, scans):
+    api = own()
+
+    def send():
+        kind = {"Content-Type": "application/octet-stream"}
+        data = iter([scans.labels])  # without a Content-Length
+        return api("POST", "/volumes?kind=labels", content=data, headers=kind)
+
+    limit_bytes(api, len(scans.labels) - 1)
+    refused = send()
+    limit_bytes(api, len(scans.labels))
+
+    assert (refused.status_code, refused.json()["code"]) == (429, "quota_exceeded")
+    assert send().status_code == 201
+
+
+def test_models_that_are_sent_count_against_the_quota_of_bytes(own):
+    api = own()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("model.onnx", b"x")
+    data = packed.getvalue()
+
+    def send(name: str, content):
+        return api("POST", f"/models:import?name={name}", content=content)
+
+    limit_bytes(api, 2 * len(data) - 1)
+    first, second = send("a", data), send("b", data + b"x")
+    chunked = send("c", iter([data + b"y"]))
+
+    assert first.status_code == 202
+    assert [second.json()["code"], chunked.json()["code"]] == ["quota_exceeded"] * 2
 
 
 def test_a_run_says_where_it_stands_and_what_it_needs(own):
