@@ -104,6 +104,7 @@ _RESOURCES = {
     "too_many_golden_cases": Kind(409, "The model has as many golden cases as it may have"),
     "not_an_archive": Kind(422, "The file is neither a zip nor a tar"),
     "experiment_canceled": Kind(409, "The experiment was canceled"),
+    "experiment_canceling": Kind(409, "Canceled trainings have not ended yet"),
     "nothing_to_retry": Kind(409, "No scan of the batch failed or was canceled"),
     "incompatible_parent": Kind(422, "The parent's network does not fit the recipe's"),
 }

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 PRIORITY = -10
 """Of a training: a worker takes any single request before it."""
 WAITING = "waiting"
+CANCELING_RETRY_S = "10"
+"""A worker hears of it with its next heartbeat."""
 CANCELED = {"code": "canceled", "detail": "the experiment was canceled before it began"}
 
 
@@ -285,7 +287,8 @@ def extend(
         retry: Do what failed or was canceled again; a canceled experiment goes on by it alone.
 
     Raises:
-        ServiceError: 404 `not_found`; 409 `experiment_canceled`; 422 `invalid_request`.
+        ServiceError: 404 `not_found`; 409 `experiment_canceled`, `experiment_canceling` while a
+            worker has yet to end what was canceled; 422 `invalid_request`.
     """
     experiment = _locked(session, experiment_id)
     if experiment.canceled_at is not None and not retry:
@@ -298,13 +301,26 @@ def extend(
         raise ServiceError(422, "invalid_request", str(error)) from None
     _check_datasets(session, experiment.source_dataset_id, experiment.target_dataset_id, plan)
     if retry:
+        found = standings(session, experiment)
+        _require_ended(found)
         experiment.canceled_at = None
-        for one in standings(session, experiment):
+        for one in found:
             if one.row is not None and one.state in TERMINAL - {RunState.SUCCEEDED}:
                 one.row.run_id, one.row.error = None, None
     experiment.plan = plan.model_dump(mode="json")
     session.flush()
     return advance(session, experiment_id)
+
+
+def _require_ended(found: Sequence[Standing]) -> None:
+    """A run that is `canceling` would keep its cell, and end as canceled after the retry."""
+    if number := sum(one.state == RunState.CANCELING for one in found):
+        raise ServiceError(
+            409,
+            "experiment_canceling",
+            f"{number} canceled trainings have not ended yet; ask again when they have",
+            headers={"Retry-After": CANCELING_RETRY_S},
+        )
 
 
 def _locked(session: Session, experiment_id: str) -> Experiment:

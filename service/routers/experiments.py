@@ -173,6 +173,7 @@ async def get_experiment_report(
         "dataset_without_labels",
         "split_leaks_subject",
         "experiment_canceled",
+        "experiment_canceling",
         "idempotency_mismatch",
         "idempotency_in_flight",
         "quota_exceeded",

@@ -339,6 +339,29 @@ def test_a_canceled_experiment_begins_nothing_and_keeps_what_is_done(session, st
     assert set(states(session, made).values()) == {"succeeded"}
 
 
+def test_a_retry_waits_for_what_is_being_canceled_and_then_loses_nothing(session, store, world):
+    made, _ = create(session, world)
+    lease = runs.claim(session, None, "train", "w")
+    runs.started(session, lease)
+    experiments.cancel(session, made.id)
+    session.commit()
+    before = states(session, made)
+    assert before[lease.spec["experiment"]["cell"]] == "canceling"
+
+    with pytest.raises(ServiceError) as refused:
+        experiments.extend(session, made.id, retry=True)
+
+    session.rollback()
+    assert (refused.value.status, refused.value.code) == (409, "experiment_canceling")
+    assert states(session, made) == before
+    runs.finish(session, lease, RunState.CANCELED, outcome="canceled")
+    experiments.advance_after(session, lease.run_id)
+    experiments.extend(session, made.id, retry=True)
+    session.commit()
+    work(session, store)
+    assert set(states(session, made).values()) == {"succeeded"}
+
+
 def test_the_report_is_the_same_however_the_runs_came(session, store, world, tmp_path):
     told = []
     for interrupted in (False, True):
