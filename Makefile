@@ -8,7 +8,7 @@ LABELS ?=
 PORT ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos chaos-full up check format bench clean
+.PHONY: help install demo test nightly chaos chaos-full up check format bench clean
 
 help: ## Print the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,8 +30,11 @@ demo: $(STAMP) ## The whole chain on synthetic CT (DATA=folder [LABELS="liver=6"
 up: $(STAMP) ## Start the embedded stack until Ctrl-C
 	$(BIN)/pcrl up --port $(PORT)
 
-test: $(STAMP) ## Run the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(STAMP) ## Run the test suite, but for what `make nightly` runs
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not nightly"
+
+nightly: $(STAMP) ## Run the tests that take long beside a shorter one of the same
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m nightly
 
 chaos: $(STAMP) ## 60 uploads under 8 random kills of every process (`make test` has 20 under 4)
 	$(BIN)/python -m benchmarks.chaos --uploads 60 --kills 8

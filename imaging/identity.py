@@ -42,9 +42,11 @@ class Pseudonyms:
 
     def uid(self, uid: str) -> str:
         """Another UID under the root for UUIDs (PS3.5 B.2); what DICOM itself registers stays."""
-        from pydicom.uid import UID  # only here: settings import this module
+        from pydicom import config  # only here: settings import this module
+        from pydicom.uid import UID
 
-        if not uid or UID(uid).name != uid:
+        # Registered UIDs are looked up; no warning shows one that breaks the rules (04 for 4).
+        if not uid or UID(uid, config.IGNORE).name != uid:
             return uid
         return f"2.25.{int.from_bytes(self._digest(f'uid {uid}')[:16], 'big')}"
 

@@ -25,6 +25,7 @@ def ran(*arguments: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_small_run_ends_with_one_json_object() -> None:
     result = ran("benchmarks.bench_inference", "--json", "--smoke", "--rounds=1")
@@ -34,6 +35,7 @@ def test_a_small_run_ends_with_one_json_object() -> None:
     assert result["equal_voxels"] >= 0.9999
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_process_says_what_it_took(tmp_path) -> None:
     from benchmarks import peak

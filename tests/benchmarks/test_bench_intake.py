@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import SimpleITK as sitk  # noqa: N813  # its usual name
 
 from benchmarks import bench_intake
 from imaging.volume import canonical
 
 
+@pytest.mark.nightly
 def test_a_small_run_ends_with_one_json_object() -> None:
     command = ["-m", "benchmarks.bench_intake", "--json", "--rounds=1", "--slices=6", "--size=32"]
 

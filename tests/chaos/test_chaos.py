@@ -67,6 +67,7 @@ def test_t_c1_nothing_is_lost_doubled_or_stuck_on_the_embedded_pair():
     assert (status, found["kills"]) == (0, 5), said
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_t_c3_without_ringing_again_a_run_is_stuck():
@@ -91,6 +92,7 @@ def test_t_c4_a_frozen_worker_that_wakes_after_its_lease_writes_nothing():
     assert status == 0, said
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_t_c3_without_the_fence_a_frozen_worker_undoes_what_is_done():

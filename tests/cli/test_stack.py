@@ -131,6 +131,7 @@ def test_the_command_line_goes_from_scans_to_a_certified_mask(
     assert "succeeded" in run_cli("runs")
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_training_whose_worker_is_killed_resumes_and_succeeds_by_itself(
     stack: Stack, scans: list[tuple[Path, Path]]

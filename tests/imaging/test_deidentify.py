@@ -440,3 +440,14 @@ def test_mutated_objects_are_cleaned_or_refused_and_nothing_else(syntax) -> None
             assert error.code == "too_large"
 
     assert outcomes == {Cleaned, Refused}
+
+
+def test_a_text_that_is_no_uid_is_replaced_without_a_warning_that_shows_it(caplog) -> None:
+    """Found by schemathesis: pydicom warns of a component with a leading zero, and prints it."""
+    names = Pseudonyms(b"k" * 32)
+
+    changed = names.uid("4.06659995425451")
+
+    assert changed.startswith("2.25.") and changed == names.uid("4.06659995425451")
+    assert not caplog.records
+    assert names.uid("1.2.840.10008.1.2") == "1.2.840.10008.1.2"  # DICOM's own stays

@@ -38,7 +38,7 @@ def encoder(make_bundle, random_encoder):
     return open_session(make_bundle(random_encoder), num_threads=1)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Counting:
     """A real session that remembers how many windows went through it."""
 

@@ -286,6 +286,13 @@ def test_mirror_images_are_told_with_their_time_and_memory(wide):
     assert eight.predicted_bytes > once.predicted_bytes
 
 
+@pytest.fixture
+def steady_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pace for every question: what is measured beside other work changes between two."""
+    monkeypatch.setattr(preflight, "pace_of", lambda session: pace.Pace(40.0, 1e-7))
+
+
+@pytest.mark.usefixtures("steady_pace")
 def test_a_cascade_is_told_with_its_coarse_pass_which_may_degrade(make_bundle, thresholds):
     organ = make_bundle(thresholds())
     folder = organ.with_name("cascade")
@@ -311,6 +318,7 @@ def test_a_cascade_is_told_with_its_coarse_pass_which_may_degrade(make_bundle, t
         preflight.plan(session, volume, coarse=finder, available_bytes=1 << 20)
 
 
+@pytest.mark.usefixtures("steady_pace")
 def test_an_embedding_degrades_or_is_refused_with_the_sentence(make_bundle, random_encoder):
     session = open_session(make_bundle(random_encoder), num_threads=1)
     volume = in_memory((40, 40, 24))

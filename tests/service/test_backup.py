@@ -366,7 +366,7 @@ def test_the_command_line_backs_up_and_restores(sqlite_url, tmp_path, monkeypatc
     again = CliRunner().invoke(cli.app, ["restore", str(tmp_path / "b.tar")])
 
     assert made.exit_code == 0, made.output
-    assert "1 rows" in made.output
+    assert "2 rows" in made.output  # the token, and the default project
     assert put.exit_code == 0, put.output
     assert again.exit_code == 1
     assert "not empty" in again.output + str(again.stderr)

@@ -297,7 +297,12 @@ def test_the_search_sees_every_token_where_it_was_planted(planted: Planted) -> N
 # --- the way through the service
 
 
-@pytest.fixture(params=["embedded", pytest.param("servers", marks=pytest.mark.services)])
+@pytest.fixture(
+    params=[
+        pytest.param("embedded", marks=pytest.mark.nightly),
+        pytest.param("servers", marks=pytest.mark.services),
+    ]
+)
 def stack(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stack]:
     servers = {}
     if request.param == "servers":

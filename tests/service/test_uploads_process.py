@@ -263,6 +263,6 @@ def test_t_h1_bombs_end_soon_with_a_4xx_and_cost_the_api_no_memory(bombed, tmp_p
         f"processor {cpu_s:.1f} s, memory +{watched.mib:.1f} MiB"
     )
     assert caught.value.status in (413, 422)
-    assert 0 < cpu_s < 5
+    assert 0 < cpu_s < 10  # 2 s on quiet cores
     assert wall_s < 30
     assert watched.mib < 64

@@ -38,7 +38,12 @@ RECIPE = FinetuneRecipe(
 )
 
 
-@pytest.fixture(params=["embedded", pytest.param("servers", marks=pytest.mark.services)])
+@pytest.fixture(
+    params=[
+        pytest.param("embedded", marks=pytest.mark.nightly),
+        pytest.param("servers", marks=pytest.mark.services),
+    ]
+)
 def settings(request, tmp_path):
     servers = {}
     if request.param == "servers":

@@ -271,6 +271,7 @@ def test_a_folded_lambda_is_never_below_a_half(build) -> None:
     assert abs(sum(plain) / 200 - 0.5) < 0.1
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_step_is_one_graph_for_the_compiler(build, preset: str) -> None:

@@ -283,6 +283,7 @@ def trainer(*arguments: object, kill_at: int | None = None) -> tuple[int, list[d
     return process.wait(), events
 
 
+@pytest.mark.nightly
 def test_a_folder_of_png_becomes_an_encoder_however_often_it_is_killed(
     tmp_path: Path, films: Path, recipe: PretrainRecipe2d, report
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_step_asks_the_device_for_no_value_and_sends_it_nothing_on_the_side(
     assert copies.seen
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_step_is_one_compiled_graph_of_the_same_losses() -> None:
