@@ -204,6 +204,7 @@ def delete_golden_case(
         "invalid_request",
         "not_found",
         "no_golden_cases",
+        "quota_exceeded",
         "idempotency_mismatch",
         "idempotency_in_flight",
     ),

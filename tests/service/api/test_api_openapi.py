@@ -65,6 +65,23 @@ def test_every_refusal_is_declared_as_a_problem_with_examples(document, operatio
                 assert example["value"]["code"] == code
 
 
+def test_what_a_header_may_bring_about_is_declared(operations):
+    """`Prefer` stands where a run is queued, a key where an answer may be given once more."""
+    needed = {
+        "prefer": {"quota_exceeded"},
+        "idempotency-key": {"idempotency_mismatch", "idempotency_in_flight"},
+    }
+    seen = set()
+    for name, _, operation in operations:
+        takes = {one["name"].lower() for one in operation.get("parameters", ())} & needed.keys()
+        answers = [one.get("content", {}).get(PROBLEM) for one in operation["responses"].values()]
+        declared = {code for one in answers if one for code in one["examples"]}
+        for header in takes:
+            assert needed[header] <= declared, f"{name}: {header}"
+        seen |= takes
+    assert seen == needed.keys()
+
+
 def test_every_route_with_a_role_above_viewer_declares_403(operations):
     for name, _, operation in operations:
         changes = not name.startswith("GET") and not name.endswith(":search")
