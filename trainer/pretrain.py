@@ -24,6 +24,7 @@ from trainer.data.sampling import PairSampler
 from trainer.data.scans import ScanSet
 from trainer.errors import CollapsedError, DataError, NonFiniteLossError, Preempted
 from trainer.folder import ShouldStop
+from trainer.methods.clean_norm import recalibrate
 from trainer.report import Report
 
 
@@ -122,6 +123,8 @@ def run(
             pace_of = {"learning_rate": descent.rate, "steps_per_s": pace}
             report.metric(step, {**values, **pace_of})
             report.progress("pretrain", step, recipe.num_steps)
+        if step == recipe.num_steps and recipe.method.sees_changed_input:
+            recalibrate(method, volumes, sampler, device)
         if is_saved and distributed.is_first():
             save(step)
         if watch is not None and step % recipe.health.every == 0:

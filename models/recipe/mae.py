@@ -36,6 +36,11 @@ class Mae(MethodRecipe):
         """It restores."""
         return True
 
+    @property
+    def sees_changed_input(self) -> bool:
+        """Blocks are hidden."""
+        return True
+
     def check_crops(self, size: tuple[int, ...]) -> None:
         """Blocks fill the crop."""
         require_blocks("block_size", self.block_size, size)

@@ -41,6 +41,14 @@ class MethodRecipe(Part):
         return True
 
     @property
+    def sees_changed_input(self) -> bool:
+        """Whether the network never sees a crop as it is.
+
+        The running statistics of its norms are then taken anew at the end, from clean crops.
+        """
+        return False
+
+    @property
     def needs_several_scans(self) -> bool:
         """Whether the method says nothing on a single scan."""
         return False

@@ -65,6 +65,11 @@ class ModelsGenesis(MethodRecipe):
         """It restores."""
         return True
 
+    @property
+    def sees_changed_input(self) -> bool:
+        """Crops are bent, shuffled and painted."""
+        return True
+
     def num_windows(self, dims: Literal[2, 3]) -> int:
         """Windows that are shuffled in each crop or image."""
         return self.shuffle_windows or (WINDOWS_3D if dims == 3 else WINDOWS_2D)

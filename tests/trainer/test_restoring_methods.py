@@ -19,6 +19,7 @@ from trainer.data.sampling import PairSampler
 from trainer.data.scans import discover
 from trainer.errors import DataError, Preempted
 from trainer.methods import lookalikes, patterns
+from trainer.methods.clean_norm import NUM_BATCHES, recalibrate
 from trainer.methods.pairs import make_crops
 from trainer.methods.semantic_genesis import SemanticGenesis
 
@@ -195,6 +196,73 @@ def test_models_genesis_in_2d_without_any_change_sees_the_image_that_rotnet_sees
 
     torch.testing.assert_close(views.spoiled, views.clean)
     torch.testing.assert_close(views.clean, make_crops(recipe, images(), None, 1)[0])
+
+
+@pytest.mark.parametrize("name", ["mae", "models_genesis"])
+def test_clean_input_is_served_with_statistics_of_clean_input(name: str) -> None:
+    """What a norm gives before its affine has mean 0 and deviation 1; as trained it has not."""
+    recipe = recipe_of(name, batch_size=8, num_steps=30, checkpoint_every=30, log_every=30)
+    method, resident, sampler = world(recipe)
+    descent = method.descent(CPU)
+    for step in range(1, recipe.num_steps + 1):
+        descent.step(method.make_views(resident, sampler, step), step)
+    weights = {key: value.clone() for key, value in method.named_parameters()}
+    as_trained = normalised_inputs(method, resident, sampler)
+
+    recalibrate(method, resident, sampler, CPU)
+
+    anew = normalised_inputs(method, resident, sampler)
+    assert np.abs(anew[:, 0]).max() < 0.1 and np.abs(anew[:, 1] - 1).max() < 0.1
+    assert np.abs(as_trained - [0, 1]).max() > 0.3  # the control
+    for key, value in method.named_parameters():
+        assert torch.equal(value, weights[key])
+    assert method.training and method.student.encoder.training
+    again = copy.deepcopy(method)
+    recalibrate(again, resident, sampler, CPU)
+    for key, value in again.state_dict().items():
+        if "num_batches_tracked" not in key:
+            assert torch.equal(value, method.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("mae", NUM_BATCHES), ("models_genesis", NUM_BATCHES), ("cpc3d", 0)]
+)
+def test_a_run_ends_with_clean_statistics_where_its_method_saw_no_clean_crop(
+    name: str, more: int, scan_folder: Path, tmp_path: Path, without_onnx: None
+) -> None:
+    """Norms count their batches: those of the steps, and in the encoder the clean ones."""
+    recipe = recipe_of(name, num_steps=2)
+
+    pretrain.run(
+        recipe, discover(scan_folder), tmp_path, Quiet(), device=CPU, should_stop=lambda: False
+    )
+
+    state = checkpoint.load_newest(tmp_path / "checkpoints")
+    assert state is not None
+    counts = {key: int(n) for key, n in state["method"].items() if key.endswith("_tracked")}
+    assert {n for key, n in counts.items() if ".encoder." in key} == {recipe.num_steps + more}
+    others = {n for key, n in counts.items() if ".encoder." not in key}
+    assert others <= {recipe.num_steps}
+
+
+def normalised_inputs(method: Any, resident: Resident, sampler: PairSampler) -> np.ndarray:
+    """Mean and deviation of every norm's input, served with its running statistics, (norms, 2)."""
+    encoder = copy.deepcopy(method.student.encoder).eval()
+    found = []
+
+    def look(norm: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        shape = (1, -1, 1, 1, 1)
+        centred = inputs[0] - norm.running_mean.view(shape)
+        scaled = centred / (norm.running_var + norm.eps).sqrt().view(shape)
+        found.append((float(scaled.mean()), float(scaled.square().mean().sqrt())))
+
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.register_forward_pre_hook(look)
+    crops = [make_crops(method.recipe, resident, sampler, step)[0] for step in range(100, 108)]
+    with torch.no_grad():
+        encoder(torch.cat(crops))
+    return np.array(found)
 
 
 def test_mae_sees_nothing_of_what_it_is_asked_for() -> None:
