@@ -112,6 +112,7 @@ _OPERATION = {
     "insufficient_storage": Kind(507, "There is too little free disk space"),
     "blob_corrupt": Kind(500, "A stored file is not what was stored"),
     "bundle_corrupt": Kind(500, "A stored model is not what was stored"),
+    "plan_unreadable": Kind(500, "A stored plan is of another version"),
     "bundle_invalid": Kind(500, "A stored model has no valid manifest"),
     "database_unavailable": Kind(503, "The database does not answer"),
     "model_not_warm": Kind(503, "The model is still being loaded"),

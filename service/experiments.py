@@ -12,14 +12,12 @@ a run, and by upkeep, which finds what a killed process left undone.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Select, select
+from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
 from models.experiment.plan import Cell, Method, Plan, cells, extended, recipe_of
@@ -39,15 +37,15 @@ from service.db import (
     within,
 )
 from service.errors import ServiceError
+from service.experiment_summary import CANCELED, WAITING, summary
 
 logger = logging.getLogger(__name__)
 
 PRIORITY = -10
 """Of a training: a worker takes any single request before it."""
-WAITING = "waiting"
+IS_WAITING = (ExperimentCell.run_id.is_(None), ExperimentCell.error.is_(None))
 CANCELING_RETRY_S = "10"
 """A worker hears of it with its next heartbeat."""
-CANCELED = {"code": "canceled", "detail": "the experiment was canceled before it began"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,35 +72,6 @@ class Standing:
         if self.run is not None:
             return self.run.error
         return self.row.error if self.row is not None else None
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """How far an experiment is."""
-
-    counts: dict[str, int]
-    """Cells in each state."""
-    finished_at: datetime | None
-    """When the last run ended; None while one has not."""
-
-    @property
-    def num_cells(self) -> int:
-        """All trainings."""
-        return sum(self.counts.values())
-
-    @property
-    def num_ended(self) -> int:
-        """Those that have ended."""
-        return sum(count for state, count in self.counts.items() if state in TERMINAL)
-
-    @property
-    def state(self) -> str:
-        """`running` until all have ended, then `succeeded`, `failed` (any did) or `canceled`."""
-        if self.num_ended < self.num_cells:
-            return "running"
-        if RunState.CANCELED in self.counts:
-            return "canceled"
-        return "failed" if RunState.FAILED in self.counts else "succeeded"
 
 
 def create(
@@ -152,12 +121,25 @@ def listing(session: Session, *, size: int = 50, after: Cursor | None = None) ->
 
 
 def plan_of(experiment: Experiment) -> Plan:
-    """The plan as it is now."""
-    return Plan.model_validate(experiment.plan)
+    """The plan as it is now.
+
+    Raises:
+        ServiceError: 500 `plan_unreadable`: a newer or older version has written it.
+    """
+    try:
+        return Plan.model_validate(experiment.plan)
+    except ValidationError:  # its text repeats values
+        raise ServiceError(
+            500, "plan_unreadable", "the stored plan is not of a form that this version knows"
+        ) from None
 
 
 def standings(session: Session, experiment: Experiment) -> list[Standing]:
-    """Every cell of the plan in its order, with what has become of it."""
+    """Every cell of the plan in its order, with what has become of it.
+
+    Raises:
+        ServiceError: 500 `plan_unreadable`.
+    """
     found = session.execute(
         select(ExperimentCell, Run)
         .outerjoin(Run, Run.id == ExperimentCell.run_id)
@@ -168,15 +150,6 @@ def standings(session: Session, experiment: Experiment) -> list[Standing]:
     return [
         Standing(cell, *by_key.get(cell.key, (None, None))) for cell in cells(plan_of(experiment))
     ]
-
-
-def summary(experiment: Experiment, found: Sequence[Standing]) -> Summary:
-    """How far the cells are together."""
-    counts = dict(Counter(one.state for one in found))
-    has_ended = all(state in TERMINAL for state in counts)
-    ends = [one.run.finished_at for one in found if one.run is not None and one.run.finished_at]
-    last = max(ends, default=experiment.canceled_at or experiment.created_at)
-    return Summary(counts, last if has_ended else None)
 
 
 def advance(session: Session, experiment_id: str) -> list[Run]:
@@ -192,8 +165,8 @@ def advance(session: Session, experiment_id: str) -> list[Run]:
         return []
     try:
         plan = plan_of(experiment)
-    except ValidationError:  # of a newer version; nobody's loop may end by it
-        logger.warning("experiment %s has a plan of another version", experiment_id)
+    except ServiceError as error:  # nobody's loop may end by it
+        logger.warning("experiment %s is not planned: %s", experiment_id, error.code)
         return []
     with within(session, experiment.project_id):  # a worker's and upkeep's session is of all
         return _advanced(session, experiment, plan)
@@ -240,31 +213,37 @@ def advance_after(session: Session, run_id: str) -> list[Run]:
 
 def waiting(session: Session) -> list[str]:
     """Experiments with a cell that has neither a run nor a reason."""
-    is_waiting = (ExperimentCell.run_id.is_(None), ExperimentCell.error.is_(None))
-    return list(session.scalars(select(ExperimentCell.experiment_id).where(*is_waiting).distinct()))
+    return list(session.scalars(select(ExperimentCell.experiment_id).where(*IS_WAITING).distinct()))
 
 
 def cancel(session: Session, experiment_id: str) -> None:
     """Ask every run of it to end and begin no other; the caller commits.
 
+    By the rows alone, so that a plan which cannot be read can be canceled.
+
     Raises:
         ServiceError: 404 `not_found`; 409 `run_already_ended` if all have ended.
     """
     experiment = _locked(session, experiment_id)
-    found = standings(session, experiment)
-    if summary(experiment, found).finished_at is not None:
+    if summary(session, experiment).finished_at is not None:
         raise ServiceError(409, "run_already_ended", "every training has ended already")
     if experiment.canceled_at is None:
         experiment.canceled_at = session.scalar(select(db_now()))
         session.flush()
-    advance(session, experiment_id)
-    for one in standings(session, experiment):
-        if one.run is not None and one.run.state not in TERMINAL:
-            try:
-                runs.request_cancel(session, one.run.id)
-            except ServiceError as error:
-                if error.code != "run_already_ended":  # it ended meanwhile: fine
-                    raise
+    mine = ExperimentCell.experiment_id == experiment_id
+    session.execute(update(ExperimentCell).where(mine, *IS_WAITING).values(error=CANCELED))
+    going = (
+        select(Run.id)
+        .join(ExperimentCell, ExperimentCell.run_id == Run.id)
+        .where(mine, Run.state.not_in(TERMINAL))
+        .order_by(Run.id)
+    )
+    for run_id in session.scalars(going).all():
+        try:
+            runs.request_cancel(session, run_id)
+        except ServiceError as error:
+            if error.code != "run_already_ended":  # it ended meanwhile: fine
+                raise
 
 
 def extend(
@@ -288,15 +267,17 @@ def extend(
 
     Raises:
         ServiceError: 404 `not_found`; 409 `experiment_canceled`, `experiment_canceling` while a
-            worker has yet to end what was canceled; 422 `invalid_request`.
+            worker has yet to end what was canceled; 422 `invalid_request`; 500
+            `plan_unreadable`.
     """
     experiment = _locked(session, experiment_id)
     if experiment.canceled_at is not None and not retry:
         raise ServiceError(
             409, "experiment_canceled", "the experiment was canceled; ask with retry to go on"
         )
+    before = plan_of(experiment)
     try:
-        plan = extended(plan_of(experiment), methods=methods, ratios=ratios, seeds=seeds)
+        plan = extended(before, methods=methods, ratios=ratios, seeds=seeds)
     except ValueError as error:
         raise ServiceError(422, "invalid_request", str(error)) from None
     _check_datasets(session, experiment.source_dataset_id, experiment.target_dataset_id, plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import Query, Response
@@ -12,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service import celery_app, db, experiment_reports, experiments, quota, schemas
 from service.experiment_reports import Facts, Form
+from service.experiment_summary import Summary, summaries, summary
 from service.idempotency import Answer
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.routers import deps, docs
@@ -98,7 +98,8 @@ def list_experiments(
 ) -> schemas.ExperimentPage:
     """Experiments with how far they are."""
     page = experiments.listing(session, size=page_size, after=cursor_of(page_token))
-    items = tuple(_view(session, row) for row in page.items)
+    found = summaries(session, page.items)
+    items = tuple(_view(row, found[row.id]) for row in page.items)
     return schemas.ExperimentPage(items=items, next_page_token=token_of(page.next))
 
 
@@ -112,14 +113,14 @@ def get_experiment(
     experiment_id: schemas.ExperimentId, _caller: deps.Viewer, session: deps.DbSession
 ) -> schemas.Experiment:
     """Its plan, and how far it is: the number of trainings in each state."""
-    return _view(session, experiments.get(session, experiment_id))
+    return _current(session, experiments.get(session, experiment_id))
 
 
 @router.get(
     "/experiments/{experiment_id}/trainings",
     operation_id="list_experiment_trainings",
     summary="List the trainings of an experiment",
-    responses=docs.problems("invalid_request", "not_found"),
+    responses=docs.problems("invalid_request", "not_found", "plan_unreadable"),
 )
 def list_experiment_trainings(
     experiment_id: schemas.ExperimentId,
@@ -139,7 +140,8 @@ def list_experiment_trainings(
     operation_id="get_experiment_report",
     summary="Get the report of an experiment",
     response_class=Response,
-    responses=_REPORT | docs.problems("invalid_request", "not_found", "blob_corrupt"),
+    responses=_REPORT
+    | docs.problems("invalid_request", "not_found", "blob_corrupt", "plan_unreadable"),
 )
 async def get_experiment_report(
     experiment_id: schemas.ExperimentId,
@@ -174,6 +176,7 @@ async def get_experiment_report(
         "split_leaks_subject",
         "experiment_canceled",
         "experiment_canceling",
+        "plan_unreadable",
         "idempotency_mismatch",
         "idempotency_in_flight",
         "quota_exceeded",
@@ -219,7 +222,7 @@ def cancel_experiment(
     """Ask every training that has not ended to end; what is done stays, and is reported."""
     experiments.cancel(session, experiment_id)
     session.commit()
-    return _view(session, experiments.get(session, experiment_id))
+    return _current(session, experiments.get(session, experiment_id))
 
 
 def _accepted(session: Session, experiment: db.Experiment) -> Answer:
@@ -228,12 +231,14 @@ def _accepted(session: Session, experiment: db.Experiment) -> Answer:
         "Location": f"{deps.PREFIX}/experiments/{experiment.id}",
         "Retry-After": RETRY_AFTER_S,
     }
-    return Answer(202, headers, _view(session, experiment).model_dump(mode="json"))
+    return Answer(202, headers, _current(session, experiment).model_dump(mode="json"))
 
 
-def _view(session: Session, row: db.Experiment) -> schemas.Experiment:
-    found: Sequence[experiments.Standing] = experiments.standings(session, row)
-    summary = experiments.summary(row, found)
+def _current(session: Session, row: db.Experiment) -> schemas.Experiment:
+    return _view(row, summary(session, row))
+
+
+def _view(row: db.Experiment, so_far: Summary) -> schemas.Experiment:
     return schemas.Experiment.model_validate(
         {
             "id": row.id,
@@ -241,13 +246,13 @@ def _view(session: Session, row: db.Experiment) -> schemas.Experiment:
             "source_dataset_id": row.source_dataset_id,
             "target_dataset_id": row.target_dataset_id,
             "plan": row.plan,
-            "state": summary.state,
-            "num_trainings": summary.num_cells,
-            "counts": summary.counts,
-            "fraction": summary.num_ended / summary.num_cells,
+            "state": so_far.state,
+            "num_trainings": so_far.num_cells,
+            "counts": so_far.counts,
+            "fraction": so_far.num_ended / so_far.num_cells,
             "canceled_at": row.canceled_at,
             "created_at": row.created_at,
-            "finished_at": summary.finished_at,
+            "finished_at": so_far.finished_at,
         }
     )
 

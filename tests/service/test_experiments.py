@@ -2,17 +2,28 @@
 
 import json
 import threading
+from collections import Counter
 
 import anyio
 import numpy as np
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import OperationalError
 
 from models.experiment import render
 from models.experiment.cases import FILE, CaseResult, CaseResults
 from models.experiment.plan import Method, Plan
-from service import datasets, db, experiment_reports, experiments, migrate, registry, runs, upkeep
+from service import (
+    datasets,
+    db,
+    experiment_reports,
+    experiment_summary,
+    experiments,
+    migrate,
+    registry,
+    runs,
+    upkeep,
+)
 from service.db import RunState
 from service.errors import ServiceError
 from service.runs import NewArtifact, NewVersion
@@ -163,7 +174,7 @@ def test_what_needs_no_pretraining_is_queued_at_once_and_the_rest_follows(sessio
     assert tuned.spec["parent"] == registry.of_run(session, encoder.id).digest
     assert tuned.spec["recipe"]["labelled"] == {"ratio": 0.5, "seed": 1}
     assert (encoder.dataset_id, tuned.dataset_id) == world
-    summary = experiments.summary(made, experiments.standings(session, made))
+    summary = experiment_summary.summary(session, made)
     assert (summary.state, summary.num_ended) == ("succeeded", 6)
     assert summary.finished_at is not None
 
@@ -226,7 +237,7 @@ def test_a_failed_pretraining_fails_what_needs_it_with_the_reason(session, store
     assert (failed.state, failed.error["code"]) == ("failed", "pretraining_failed")
     assert "non_finite_loss" in failed.error["detail"] and failed.run is None
     assert found["finetune/pcrl/50%/0"].state == "succeeded"
-    assert experiments.summary(made, list(found.values())).state == "failed"
+    assert experiment_summary.summary(session, made).state == "failed"
     told, _ = experiment_reports.built(experiment_reports.read(session, made), store)
     assert [one.key for one in told.missing] == ["pretrain/pcrl/1", "finetune/pcrl/50%/1"]
     again = experiments.extend(session, made.id, retry=True)
@@ -260,7 +271,30 @@ def test_a_plan_of_a_newer_version_stops_nobody(session, sessions, store, world,
 
     upkeep.plan(sessions)
 
-    assert "a plan of another version" in caplog.text
+    assert "plan_unreadable" in caplog.text
+    with pytest.raises(ServiceError) as refused:
+        experiments.standings(session, made)
+    assert refused.value.code == "plan_unreadable"
+    session.commit()
+
+
+def test_how_far_a_page_of_experiments_is_takes_one_count(session, store, world):
+    made = [create(session, world)[0] for _ in range(3)]
+    work(session, store, limit=3, fails=("pretrain/pcrl/1",))
+    experiments.cancel(session, made[1].id)
+    session.commit()
+    slow = {one.id: Counter(s.state for s in experiments.standings(session, one)) for one in made}
+    asked = []
+    note = lambda _c, _cursor, statement, *_rest: asked.append(statement)  # noqa: E731
+    event.listen(session.get_bind(), "before_cursor_execute", note)
+
+    found = experiment_summary.summaries(session, made)
+
+    event.remove(session.get_bind(), "before_cursor_execute", note)
+    assert {key: one.counts for key, one in found.items()} == slow
+    assert len(asked) == 1 and "spec" not in asked[0]
+    assert [found[one.id].state for one in made].count("canceled") == 1
+    assert {"succeeded", "canceled", "waiting"} <= {s for counts in slow.values() for s in counts}
 
 
 def test_an_experiment_that_cannot_be_planned_holds_up_no_other(

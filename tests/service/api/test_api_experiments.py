@@ -203,3 +203,26 @@ def test_a_report_of_a_changed_file_is_refused(api, tested):
     assert (refused.status_code, refused.json()["code"]) == (500, "blob_corrupt")
     cases.write_bytes(whole)
     assert api("GET", f"{where}/report").status_code == 200
+
+
+def test_a_plan_of_another_version_is_listed_and_canceled_and_breaks_no_list(api, tested):
+    made = api("POST", "/experiments", json=body(tested, tested)).json()
+    where = f"/experiments/{made['id']}"
+    with api.sessions() as session:
+        experiments.get(session, made["id"]).plan = {**made["plan"], "of_a_newer_version": 1}
+        session.commit()
+
+    listed = {one["id"]: one for one in api("GET", "/experiments").json()["items"]}
+    shown = api("GET", where)
+    refused = [
+        api("GET", f"{where}/trainings"),
+        api("GET", f"{where}/report"),
+        api("POST", f"{where}:extend", json={"seeds": [5]}),
+    ]
+    canceled = api("POST", f"{where}:cancel")
+
+    assert listed[made["id"]] == shown.json()
+    assert shown.json()["counts"] == {"queued": 2, "waiting": 1}
+    assert {(one.status_code, one.json()["code"]) for one in refused} == {(500, "plan_unreadable")}
+    assert (canceled.status_code, canceled.json()["counts"]) == (202, {"canceled": 3})
+    assert api("POST", f"{where}:cancel").json()["code"] == "run_already_ended"
