@@ -20,6 +20,8 @@ from service import faults, migrate
 from service.settings import Settings
 from service.storage import Store
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CALL = re.compile(r"faults\.point\(\"([^\"]+)\"\)")
 

@@ -9,7 +9,7 @@ import pytest
 
 from service import celery_app, db
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 def test_t_c5_runs_accepted_while_redis_is_down_are_done_soon_after_it_is_back(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 _spec = importlib.util.spec_from_file_location("proxy", Path(__file__).with_name("proxy.py"))
 proxies = importlib.util.module_from_spec(_spec)

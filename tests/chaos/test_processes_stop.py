@@ -13,6 +13,8 @@ import pytest
 from benchmarks.chaos import load
 from benchmarks.real_api import RealApi
 
+pytestmark = pytest.mark.slow
+
 
 def test_t_c8_a_poison_job_is_tried_three_times_and_others_are_worked_on_in_between(
     settings_of, service_of, quick_tasks, workers, tmp_path

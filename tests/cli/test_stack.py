@@ -19,6 +19,8 @@ from service.client import Client
 from service.settings import Settings
 from service.stack import Stack
 
+pytestmark = pytest.mark.slow
+
 SHAPE, SPACING_MM = (48, 48, 32), (8.0, 8.0, 9.0)
 PREPROCESSING = {"spacing_mm": [8.0, 8.0, 9.0]}
 PRETRAIN = {

@@ -29,6 +29,8 @@ from service.settings import Settings
 from service.stack import Stack
 from service.storage import Store
 
+pytestmark = pytest.mark.slow
+
 SHAPE = ["batch", 1, "i", "j", "k"]
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.5, 0, 60], [0, 0, 2, -30], [0, 0, 0, 1]], float)
 """Stored LPS-wise, as most CT is."""

@@ -20,6 +20,8 @@ from sqlalchemy import select
 from service import celery_app, db, migrate, runs, upkeep
 from service.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 _spec = importlib.util.spec_from_file_location("workers", Path(__file__).with_name("workers.py"))
 workers = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(workers)

@@ -15,6 +15,8 @@ from models.recipe import FinetuneRecipe, PretrainRecipe
 from trainer import errors
 from trainer.__main__ import classify
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = ("--events", "jsonl", "--threads", "1")
 

@@ -27,6 +27,8 @@ from trainer.data.scans import discover
 from trainer.joined_norm import JoinedBatchNorm, join
 from trainer.methods.pcrl import Pcrl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"

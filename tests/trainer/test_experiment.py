@@ -15,6 +15,8 @@ from trainer import experiment, finetune, pretrain
 from trainer.data.scans import discover
 from trainer.errors import DataError, NonFiniteLossError, Preempted
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FORMS = ("report.json", "report.md", "curve.svg", "cases.csv")
 

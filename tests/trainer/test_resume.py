@@ -25,6 +25,8 @@ from trainer.data.scans import discover
 from trainer.errors import DataError, NonFiniteLossError, Preempted
 from trainer.methods.pcrl import Pcrl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
