@@ -16,15 +16,16 @@ from benchmarks.real_api import RealApi
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.timeout(200)
 def test_t_c8_a_poison_job_is_tried_three_times_and_others_are_worked_on_in_between(
     settings_of, service_of, quick_tasks, workers, tmp_path
 ):
-    settings = settings_of(lease_s=1.0, heartbeat_s=0.2)
+    settings = settings_of(lease_s=2.0, heartbeat_s=0.2)
     service = service_of(settings)
     poison = service.post(poison=True)
     others = [service.post() for _ in range(5)]
     with workers.worker(settings, "inference", tmp_path / "w.log", include=quick_tasks):
-        workers.wait_for(lambda: service.have_ended([poison, *others]), timeout_s=90)
+        workers.wait_for(lambda: service.have_ended([poison, *others]), timeout_s=160)
 
     run = service.read(poison)
     assert (run.state, run.error["code"], run.attempt) == ("failed", "worker_lost", 3)
