@@ -42,7 +42,7 @@ class Summary:
     @property
     def state(self) -> str:
         """`running` until all have ended, then `succeeded`, `failed` (any did) or `canceled`."""
-        if self.num_ended < self.num_cells:
+        if self.num_ended < max(1, self.num_cells):  # none at all: its rows are not there yet
             return "running"
         if RunState.CANCELED in self.counts:
             return "canceled"

@@ -121,12 +121,3 @@ def redis_url() -> Iterator[str]:
     yield REDIS_URL
     client.flushdb()
     client.close()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests first: else one process ends with them while the others have nothing.
-
-    Their order is kept by `--no-loadscope-reorder`; xdist's own puts files of few tests last.
-    """
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long)

@@ -249,7 +249,7 @@ def _view(row: db.Experiment, so_far: Summary) -> schemas.Experiment:
             "state": so_far.state,
             "num_trainings": so_far.num_cells,
             "counts": so_far.counts,
-            "fraction": so_far.num_ended / so_far.num_cells,
+            "fraction": so_far.num_ended / max(1, so_far.num_cells),
             "canceled_at": row.canceled_at,
             "created_at": row.created_at,
             "finished_at": so_far.finished_at,
