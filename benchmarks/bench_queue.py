@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from sqlalchemy import Engine, create_engine, insert, make_url, select, text
@@ -28,6 +28,7 @@ from benchmarks import common
 from service import db, migrate, queue, runs
 from service.db import Run, RunState
 
+P = ParamSpec("P")
 T = TypeVar("T")
 QUEUE = "inference"
 NUM_PROJECTS = 50
@@ -75,20 +76,20 @@ def measure(sessions: sessionmaker[Session], rounds: int) -> dict[str, float]:
         assert last is not None
     for number in range(rounds):
         with sessions() as session:
-            taken, lease = _timed(lambda: runs.claim(session, None, QUEUE, "bench"))
+            taken, lease = _timed(runs.claim, session, None, QUEUE, "bench")
             assert lease is not None
             claims.append(taken)
         with sessions() as session:
-            end = lambda: runs.finish(session, lease, RunState.SUCCEEDED, outcome="done")  # noqa: B023, E731
-            ends.append(_timed(end)[0])
+            ended = _timed(runs.finish, session, lease, RunState.SUCCEEDED, outcome="done")
+            ends.append(ended[0])
         if number % 10 == 0:
             with sessions() as session:
-                sweeps.append(_timed(lambda: runs.reap(session))[0])
+                sweeps.append(_timed(runs.reap, session)[0])
             with sessions() as session:
-                dues.append(_timed(lambda: runs.due(session))[0])
+                dues.append(_timed(runs.due, session)[0])
             with sessions() as session:
                 row = runs.get(session, last.id)
-                places.append(_timed(lambda: queue.position(session, row))[0])  # noqa: B023
+                places.append(_timed(queue.position, session, row)[0])
     return {
         "claim_median_ms": statistics.median(claims),
         "claim_p99_ms": statistics.quantiles(claims, n=100)[98],
@@ -99,9 +100,10 @@ def measure(sessions: sessionmaker[Session], rounds: int) -> dict[str, float]:
     }
 
 
-def _timed(step: Callable[[], T]) -> tuple[float, T]:
+def _timed(step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[float, T]:
+    """Milliseconds of a call, and what it gave."""
     began = time.perf_counter()
-    found = step()
+    found = step(*args, **kwargs)
     return 1000 * (time.perf_counter() - began), found
 
 
