@@ -49,10 +49,11 @@ from service.embeddings import WHOLE, NewEmbedding
 from service.entropy_map import StoredMap
 from service.lease import Keeper
 from service.patience import AWAY
+from service.pulse import heartbeat_name
 from service.resident import Held
 from service.results import INTENDED_USE
 from service.runs import Lease, NewArtifact
-from service.worker import Worker, heartbeat_name, this_worker, work_through
+from service.worker import Worker, this_worker, work_through
 
 logger = logging.getLogger(__name__)
 

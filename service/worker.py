@@ -1,4 +1,4 @@
-"""What a worker process has at hand, and how it lives: heartbeat rows, shutdown, claims.
+"""What a worker process has at hand, and how it lives: claims, ends, shutdown.
 
 Celery's main process listens and forks one process that works. SIGTERM (to either, or to both)
 raises the shared flag of `service.lease`; the run at hand then gives itself back.
@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,19 +21,19 @@ from functools import lru_cache
 from typing import Any
 
 from celery.signals import setup_logging, worker_ready, worker_shutdown, worker_shutting_down
-from sqlalchemy import delete
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from imaging.errors import ScanError
 from models.bundle import BundleError
 from service import lease, logs, runs
-from service.db import RunKind, RunState, WorkerHeartbeat, connect, db_now, insert_if_absent
+from service.db import RunKind, RunState, connect
 from service.db import sessions as sessions_of
-from service.device import Device, look
+from service.device import look
 from service.errors import ServiceError
 from service.lease import Keeper
 from service.patience import AWAY
+from service.pulse import Pulse
 from service.queue import ANYTHING, Able
 from service.runs import Fenced, Lease
 from service.settings import Settings, get_settings
@@ -44,10 +43,6 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.05
 """Pause between looks for runs to be done beside those at work."""
-PULSE_S = 2.5
-"""A worker's row is renewed so often, so that /readyz turns within ten seconds of its death."""
-LOOK_EVERY_S = 15.0
-"""How often the memory of a GPU is asked for."""
 INTERNAL_DETAIL = "the worker failed; its log has the place under the run's id"
 
 
@@ -208,26 +203,6 @@ def log_place(what: str, error: BaseException) -> None:
     logger.error("%s failed: %s at %s", what, type(error).__name__, places)
 
 
-def heartbeat_name(queue: str, pid: int) -> str:
-    """Under which name the listening process with this id is seen."""
-    return f"{socket.gethostname()}:{pid}:{queue}"[-120:]
-
-
-def beat(
-    sessions: sessionmaker[Session], name: str, queue: str, device: str, found: Device | None = None
-) -> None:
-    """Write that a worker is alive, and what its device has."""
-    with sessions() as session:
-        insert_if_absent(session, WorkerHeartbeat, worker=name, queue=queue, device=device)
-        row = session.get(WorkerHeartbeat, name)
-        assert row is not None
-        row.seen_at, row.device = db_now(), device
-        if found is not None:
-            row.device_kind, row.memory_bytes = found.kind, found.memory_bytes
-            row.used_bytes = found.used_bytes
-        session.commit()
-
-
 @contextlib.contextmanager
 def _sigterm_raises_the_flag() -> Iterator[None]:
     """While runs are done, SIGTERM asks them to stop instead of ending the process."""
@@ -241,55 +216,7 @@ def _sigterm_raises_the_flag() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-class _Pulse:
-    """Celery's main process: one heartbeat row for each queue it listens to."""
-
-    def __init__(self) -> None:
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self, sender: Any) -> None:
-        settings = get_settings()
-        queues = sorted(sender.app.amqp.queues.consume_from)
-        self._thread = threading.Thread(target=self._run, args=(settings, queues), daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10.0)
-
-    def _run(self, settings: Settings, queues: list[str]) -> None:
-        engine = connect(settings.database_url)
-        sessions = sessions_of(engine)
-        names = {queue: heartbeat_name(queue, os.getpid()) for queue in queues}
-        found, looked_at = look(settings), time.monotonic()
-        while True:
-            with _logged("heartbeat"):
-                for queue, name in names.items():
-                    beat(sessions, name, queue, settings.device, found)
-            if self._stop.wait(min(settings.heartbeat_s, PULSE_S)):
-                break
-            if time.monotonic() - looked_at > LOOK_EVERY_S:
-                found, looked_at = look(settings), time.monotonic()
-        with _logged("last heartbeat"), sessions() as session:
-            session.execute(
-                delete(WorkerHeartbeat).where(WorkerHeartbeat.worker.in_(names.values()))
-            )
-            session.commit()
-        engine.dispose()
-
-
-@contextlib.contextmanager
-def _logged(what: str) -> Iterator[None]:
-    """A database that is away only costs this beat."""
-    try:
-        yield
-    except SQLAlchemyError as error:
-        logger.warning("%s: %s", what, type(error).__name__)
-
-
-_pulse = _Pulse()
+_pulse = Pulse()
 
 
 def _on_setup_logging(**_: Any) -> None:
@@ -298,7 +225,7 @@ def _on_setup_logging(**_: Any) -> None:
 
 
 def _on_ready(sender: Any, **_: Any) -> None:
-    _pulse.start(sender)
+    _pulse.start(get_settings(), sorted(sender.app.amqp.queues.consume_from))
 
 
 def _on_shutting_down(**_: Any) -> None:

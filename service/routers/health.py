@@ -29,7 +29,7 @@ from service.storage import Store
 BROKER_TIMEOUT_S = 2.0
 WORKER_SEEN_S = 10.0
 """A queue is served if a worker of it was seen so recently; it says so every 2.5 s
-(`service.worker.PULSE_S`), so readiness turns within ten seconds of the death of the last one."""
+(`service.pulse.PULSE_S`), so readiness turns within ten seconds of the death of the last one."""
 
 open_router = APIRouter(tags=["health"])
 router = deps.router("health")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service import registry, resident, warming, worker
+from service import pulse, registry, resident, warming
 from service.db import WarmModel, WarmRequest, db_now
 from service.errors import ServiceError
 from service.settings import Settings
@@ -70,8 +70,8 @@ def test_without_a_live_worker_an_alias_may_move_at_once(sessions, settings, dig
 
 def test_a_move_waits_until_every_live_worker_is_warm(sessions, settings, digest):
     for name in ("a", "b"):
-        worker.beat(sessions, name, "inference", "cpu")
-    worker.beat(sessions, "c", "train", "cpu")
+        pulse.beat(sessions, name, "inference", "cpu")
+    pulse.beat(sessions, "c", "train", "cpu")
     with ThreadPoolExecutor(1) as pool:
         move = pool.submit(warming.before_move, sessions, settings, digest)
         first, second = warmer(sessions, settings, "a"), warmer(sessions, settings, "b")
@@ -89,7 +89,7 @@ def test_a_move_waits_until_every_live_worker_is_warm(sessions, settings, digest
 
 
 def test_a_move_gives_up_when_workers_take_too_long(sessions, settings, digest):
-    worker.beat(sessions, "a", "inference", "cpu")
+    pulse.beat(sessions, "a", "inference", "cpu")
     impatient = settings.model_copy(update={"warm_wait_s": 0.05})
 
     with pytest.raises(ServiceError) as refused:
@@ -103,7 +103,7 @@ def test_a_move_gives_up_when_workers_take_too_long(sessions, settings, digest):
 def test_a_model_that_a_worker_cannot_load_stops_the_move_until_it_can(
     sessions, settings, digest, monkeypatch
 ):
-    worker.beat(sessions, "a", "inference", "cpu")
+    pulse.beat(sessions, "a", "inference", "cpu")
     gpu = settings.model_copy(update={"provider": "tensorrt"})
     one, stop = warmer(sessions, gpu, "a"), threading.Event()
 
