@@ -1,18 +1,16 @@
 """The intake in a child process with limits: hostile bytes never meet the parent.
 
-The child gets a bare environment (no secrets), no standard input, and the walls of
-`imaging.confine`: hard limits on memory, processor time, file size, open files and core dumps, no
-network, no other program, no files but the scan; the parent adds a wall clock.
+The child is forked by `imaging.forkserver`. It gets a bare environment (no secrets), no standard
+input, and the walls of `imaging.confine`: hard limits on memory, processor time, file size, open
+files and core dumps, no network, no other program, no files but the scan; the parent adds a wall
+clock.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,11 +19,20 @@ from typing import Any
 import numpy as np
 
 from imaging.errors import ScanError
+from imaging.forkserver import ForkServer
 from imaging.identity import Policy, Pseudonyms
 from imaging.intake import EXIT_BAD_SCAN, Kind
 from imaging.volume import Grid, Shape, Spacing
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),  # -I would ignore it, and the source
+    # tree is not installed
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "LC_ALL": "C.UTF-8",
+    "OPENBLAS_NUM_THREADS": "1",  # every BLAS thread reserves address space; a fork has but one
+    "OMP_NUM_THREADS": "1",
+}
+_server = ForkServer("imaging.forkserver", _ENVIRONMENT)
 _UID = re.compile(r"[0-9.]{1,64}")
 
 
@@ -100,80 +107,65 @@ def run_intake(
 
     Raises:
         ScanError: The scan cannot be used; `too_large` when a limit ended the child.
-        OSError: The child could not write to `out_dir`.
+        OSError: The child could not write to `out_dir`, or its server ended.
     """
     limits = limits or Limits()
     if series_uid is not None and not _UID.fullmatch(series_uid):
         raise ScanError("no_such_series", "series_uid is not a UID (digits and dots)")
-    command = _command(path.resolve(), out_dir.resolve(), kind, series_uid, limits)
+    arguments = _arguments(path.resolve(), out_dir.resolve(), kind, series_uid, limits)
     if identity is not None:
-        command.insert(command.index("--"), "--deidentify")
+        arguments.insert(0, "--deidentify")
     with tempfile.TemporaryFile(dir=out_dir) as told:  # a file, which a limit bounds; not a pipe
-        process = subprocess.Popen(  # noqa: S603  # our own module; the path is one argument
-            command,
-            cwd=out_dir,
-            env=_environment(out_dir.resolve()),
-            stdin=subprocess.PIPE if identity else subprocess.DEVNULL,
-            stdout=told,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
         try:
-            process.communicate(_wish(identity), timeout=limits.wall_s)
-        except subprocess.TimeoutExpired:
+            status = _server.run(
+                arguments,
+                folder=out_dir.resolve(),
+                stdin=_wish(identity),
+                stdout=told.fileno(),
+                wall_s=limits.wall_s,
+            )
+        except TimeoutError:
             raise ScanError("too_large", f"reading it took more than {limits.wall_s:g} s") from None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
         told.seek(0)
         output = told.read(_MAX_REPORT_BYTES + 1)
     if len(output) > _MAX_REPORT_BYTES:
         raise ScanError("too_large", f"its report has more than {_MAX_REPORT_BYTES} bytes")
     try:
-        return _report(process.returncode, output, out_dir)
+        return _report(status, output, out_dir)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ScanError("not_a_scan", "the reader's report cannot be read") from error
 
 
-def _command(
+def start() -> None:
+    """Have the readers loaded, in the background, before the first scan comes."""
+    _server.start()
+
+
+def _arguments(
     path: Path,
     out_dir: Path,
     kind: Kind,
     series_uid: str | None,
     limits: Limits,
 ) -> list[str]:
-    command = [
-        *(sys.executable, "-s", "-P", "-m", "imaging.intake"),
+    arguments = [
         f"--out={out_dir}",
         f"--kind={kind}",
         f"--memory-bytes={limits.memory_bytes}",
         f"--cpu-s={limits.cpu_s}",
         f"--file-bytes={limits.file_bytes}",
         f"--open-files={limits.open_files}",
-        f"--confine={os.getpid()}",
     ]
     if series_uid is not None:
-        command.append(f"--series={series_uid}")
-    return [*command, "--", str(path)]
+        arguments.append(f"--series={series_uid}")
+    return [*arguments, "--", str(path)]
 
 
-def _wish(identity: tuple[Pseudonyms, Policy] | None) -> bytes | None:
+def _wish(identity: tuple[Pseudonyms, Policy] | None) -> bytes:
     if identity is None:
-        return None
+        return b""
     names, policy = identity
     return json.dumps({"key": names.key.hex(), "policy": asdict(policy)}).encode()
-
-
-def _environment(scratch: Path) -> dict[str, str]:
-    return {
-        "PYTHONPATH": str(_ROOT),  # -I would ignore it, and the source tree is not installed
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "LC_ALL": "C.UTF-8",
-        "TMPDIR": str(scratch),
-        "OPENBLAS_NUM_THREADS": "1",  # every BLAS thread reserves address space
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def _report(status: int, output: bytes, out_dir: Path) -> IntakeReport:

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from pydantic.json_schema import models_json_schema
 
+from imaging import sandbox
 from service import db, schemas
 from service.envelope import Envelope
 from service.errors import install_handlers, log_unexpected, problem, request_id_of
@@ -78,6 +79,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         """Open the store and the engine; a database that is down is found by the first request."""
         engine = db.connect(settings.database_url)
         app.state.settings = settings
+        sandbox.start()
         app.state.store = Store(settings.data_dir, min_free_bytes=settings.min_free_bytes)
         app.state.sessions = db.sessions(engine)
         app.state.of_project = {}  # deps.Sessions

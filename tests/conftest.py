@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,12 +88,37 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    """An engine on a fresh database at the newest revision."""
-    from service import db, migrate
+@pytest.fixture(scope="session")
+def newest_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite database at the newest revision: a copy of it spares a test its migration."""
+    from service import migrate
 
-    migrate.upgrade(database_url)
+    path = tmp_path_factory.mktemp("newest") / "pcrl.sqlite3"
+    migrate.upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def migrated(newest_sqlite: Path) -> Callable[[str], None]:
+    """Brings an empty database to the newest revision; on SQLite by a copy of one that is there."""
+    from service import migrate
+
+    def make(url: str) -> None:
+        path = Path(make_url(url).database or "")
+        if not url.startswith("sqlite") or path.exists():
+            return migrate.upgrade(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(newest_sqlite, path)
+
+    return make
+
+
+@pytest.fixture
+def engine(database_url: str, migrated: Callable[[str], None]) -> Iterator[Engine]:
+    """An engine on a fresh database at the newest revision."""
+    from service import db
+
+    migrated(database_url)
     engine = db.connect(database_url)
     yield engine
     engine.dispose()

@@ -108,7 +108,7 @@ def test_the_real_child_stands_behind_the_walls(tmp_path):
     found: dict[str, str] = {}
 
     def look() -> None:
-        pid, writer = wait_for_reader(pipe)
+        pid, writer = wait_for_reader(pipe, out)
         status = Path(f"/proc/{pid}/status").read_text()
         found.update(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         found["limits"] = Path(f"/proc/{pid}/limits").read_text()
@@ -132,45 +132,73 @@ def test_the_real_child_stands_behind_the_walls(tmp_path):
     assert "PCRL" not in found["environ"]
 
 
-@pytest.mark.parametrize("is_confined", [True, False])
-def test_the_child_dies_with_its_parent(tmp_path, is_confined):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    command = f"""
+UNCONFINED = """
+import socket, sys
+from imaging import forkserver, intake
+intake.confine = lambda **_: None
+forkserver.serve(socket.socket(fileno=int(sys.argv[1])), intake.main)
+"""
+PARENT = """
+import sys
 from pathlib import Path
 from imaging import sandbox
-real = sandbox._command
 if not {is_confined}:
-    sandbox._command = lambda *a: [word for word in real(*a) if '--confine' not in word]
-sandbox.run_intake(Path({str(pipe)!r}), Path({str(tmp_path)!r}), kind='image')
+    sandbox._server._command = lambda fd: [sys.executable, "-c", {unconfined!r}, fd]
+sandbox.run_intake(Path({pipe!r}), Path({folder!r}), kind='image')
 """
-    parent = subprocess.Popen([sys.executable, "-c", command], env={"PYTHONPATH": str(ROOT)})
-    child, writer = wait_for_reader(pipe)
-    parent.kill()
-    parent.wait()
+
+
+@pytest.mark.parametrize(
+    ("is_confined", "killed", "dies"),
+    [(True, "parent", True), (True, "server", True), (False, "server", False)],
+)
+def test_the_child_dies_with_its_parent(tmp_path, is_confined, killed, dies):
+    """With the one who waits for it, and with the server that forked it (the control: without)."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    places = {"pipe": str(pipe), "folder": str(tmp_path)}
+    command = PARENT.format(is_confined=is_confined, unconfined=UNCONFINED, **places)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", command],
+        env={"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    child, writer = wait_for_reader(pipe, tmp_path)
+    if killed == "server":
+        os.kill(parent_of(child), signal.SIGKILL)
+    else:
+        parent.kill()
 
     try:
         deadline = time.monotonic() + 3
         while is_alive(child) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert is_alive(child) is not is_confined
+        assert is_alive(child) is not dies
     finally:
+        parent.kill()
+        parent.wait()
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         os.close(writer)
 
 
-def wait_for_reader(pipe: Path) -> tuple[int, int]:
-    """Process id of the intake that reads the pipe, and our end: until it is closed, it waits."""
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def wait_for_reader(pipe: Path, folder: Path) -> tuple[int, int]:
+    """Process id of the intake that reads the pipe, and our end: until it is closed, it waits.
+
+    It is the process in its folder for scratch.
+    """
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):  # nobody reads yet
             writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-            for folder in Path("/proc").glob("[0-9]*"):
+            for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
-                    command = (folder / "cmdline").read_bytes().split(b"\0")
-                    if b"imaging.intake" in command and str(pipe).encode() in command:
-                        return int(folder.name), writer
+                    if (process / "cwd").readlink() == folder:
+                        return int(process.name), writer
         time.sleep(0.05)
     raise AssertionError("no child opened the pipe")
 

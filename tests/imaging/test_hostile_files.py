@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import time
 import warnings
 import zipfile
 import zlib
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -23,9 +24,10 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
 from benchmarks import hostile
 from benchmarks.hostile import deep_dicom, deflated, zipped
-from imaging import dicom, nifti, phantom
+from imaging import dicom, nifti, phantom, sandbox
 from imaging.code_stream import check_frames, declared_size
 from imaging.errors import ScanError
+from imaging.forkserver import ForkServer
 from imaging.image2d import decode_image
 from imaging.intake import read_scan
 from imaging.sandbox import Limits, run_intake
@@ -104,10 +106,12 @@ def test_the_memory_limit_ends_in_a_named_refusal(tmp_path):
 
 
 def test_the_clocks_and_the_file_limit_end_in_a_named_refusal(tmp_path, small_zip):
-    slow = Limits(wall_s=0.05)
     small_files = Limits(file_bytes=10_000)
+    os.mkfifo(tmp_path / "never")  # nobody writes to it
 
-    assert sandboxed_refusal(small_zip, tmp_path, limits=slow).code == "too_large"
+    assert sandboxed_refusal(tmp_path / "never", tmp_path, limits=Limits(wall_s=0.5)).code == (
+        "too_large"
+    )
     with pytest.raises(ScanError) as caught:
         run_intake(small_zip, tmp_path, kind="image", limits=small_files)
     assert caught.value.code == "too_large"
@@ -123,37 +127,58 @@ def test_the_child_cannot_be_talked_into_options(tmp_path, small_zip):
             run_intake(small_zip, tmp_path, kind="image", series_uid=uid)
 
 
-def test_the_child_sees_no_secret(tmp_path, small_zip, monkeypatch):
-    """The environment is bare: the child's own record of it is read from /proc."""
+@pytest.fixture
+def own_server(monkeypatch):
+    """A fork server for this test alone, whose children do as a program text says."""
+    made = []
+
+    def make(program: str | None = None) -> ForkServer:
+        server = ForkServer("imaging.forkserver", sandbox._ENVIRONMENT)
+        if program is not None:
+            monkeypatch.setattr(server, "_command", lambda fd: [sys.executable, "-c", program, fd])
+        monkeypatch.setattr(sandbox, "_server", server)
+        made.append(server)
+        return server
+
+    yield make
+    for server in made:
+        server.close()
+
+
+def test_the_child_sees_no_secret(tmp_path, own_server, small_zip, monkeypatch):
+    """The environment is bare: /proc has the server's own record of it, which a fork inherits."""
     monkeypatch.setenv("PCRL_SECRET", "hunter2")
-    seen = []
-    real = subprocess.Popen
-
-    def spy(command, **options):
-        seen.append(options["env"])
-        return real(command, **options)
-
-    monkeypatch.setattr("imaging.sandbox.subprocess.Popen", spy)
+    server = own_server()
     run_intake(small_zip, tmp_path, kind="image")
 
-    assert "hunter2" not in str(seen)
-    assert set(seen[0]) == {
-        "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LC_ALL", "TMPDIR",
-        "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS",
+    found = Path(f"/proc/{server.start()}/environ").read_bytes()
+    assert os.environ["PCRL_SECRET"] == "hunter2"
+    assert {line.split(b"=")[0].decode() for line in found.split(b"\0") if line} == {
+        "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "LC_ALL", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"
     }  # fmt: skip
+
+
+DYING = """
+import os, socket, sys
+from imaging import forkserver
+def die(arguments):
+    os.kill(os.getpid(), {death})
+forkserver.serve(socket.socket(fileno=int(sys.argv[1])), die)
+"""
 
 
 @pytest.mark.parametrize(
     ("death", "code"),
     [(signal.SIGKILL, "too_large"), (signal.SIGXCPU, "too_large"), (signal.SIGABRT, "not_a_scan")],
 )
-def test_a_child_that_dies_of_a_file_is_a_named_refusal(tmp_path, monkeypatch, death, code):
+def test_a_child_that_dies_of_a_file_is_a_named_refusal(tmp_path, own_server, death, code):
     """Codecs abort on damaged streams (GDCM throws a C++ string that nothing catches)."""
-    suicide = f"import os, signal; os.kill(os.getpid(), {int(death)})"
-    monkeypatch.setattr("imaging.sandbox._command", lambda *_: [sys.executable, "-c", suicide])
+    server = own_server(DYING.format(death=int(death)))
     (tmp_path / "upload").write_bytes(b"x")
+    first = server.start()
 
     assert sandboxed_refusal(tmp_path / "upload", tmp_path).code == code
+    assert server.start() != first  # with another memory layout
 
 
 def test_an_unwritable_folder_is_not_the_sender_s_fault(tmp_path, small_zip):

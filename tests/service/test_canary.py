@@ -350,7 +350,7 @@ def test_no_planted_token_is_found_anywhere(
     assert searched.num_bytes > 2_000_000
     logs = b"".join(path.read_bytes() for path in stack.log_dir.iterdir())
     assert b"/api/v1/volumes" in logs
-    assert any(b"imaging.intake" in seen for seen in processes.seen)
+    assert any(b"imaging.forkserver" in seen for seen in processes.seen)
 
 
 def _send_what_is_wrong(url: str, token: str, planted: Planted, searched: Searched) -> None:

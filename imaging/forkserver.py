@@ -1,0 +1,296 @@
+"""A process that has the readers loaded and forks one child for each scan.
+
+A fresh interpreter spends a second of processor time on imports before it reads the first byte; a
+fork of one that has them costs milliseconds. The server itself never meets hostile bytes: it starts
+with a bare environment, has one thread, and does nothing but fork, wait and tell. Its child takes
+the walls of `imaging.confine` upon itself before it opens the scan, as a fresh process would.
+
+What a fresh process had and a fork lacks is a memory layout of its own; so after a child that died
+of a signal the server is replaced, and who guesses at addresses guesses once (docs/adr/0016).
+
+Over the control socket goes, for each task, a length (4 bytes), JSON `{"arguments", "folder"}`, and
+three descriptors: the child's standard input, its standard output, and a socket on which the server
+answers with the child's exit status (4 bytes, negative for a signal). When the client closes its
+end of that socket, or ends, the child is killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+Work = Callable[[Sequence[str]], int]
+"""What a child does: its arguments to its exit status."""
+
+_NUM_DESCRIPTORS = 3
+_END_S = 10.0
+"""How long a killed child, or a server without tasks, may take to end."""
+
+
+class ForkServer:
+    """The client's half; safe in threads, and in a process that was forked itself.
+
+    Args:
+        module: What `python -m` runs as the server.
+        environment: All that the server and its children have as environment.
+    """
+
+    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+        self._module = module
+        self._environment = dict(environment)
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+        self._owner = 0
+        self._processes: list[subprocess.Popen[bytes]] = []
+        atexit.register(self.close)
+
+    def start(self) -> int:
+        """Have it ready before the first task; returns the server's process id."""
+        with self._lock:
+            self._connected()
+            return self._processes[-1].pid
+
+    def run(
+        self, arguments: Sequence[str], *, folder: Path, stdin: bytes, stdout: int, wall_s: float
+    ) -> int:
+        """Have a child do one task; blocks until it has ended, whatever happens here.
+
+        Args:
+            arguments: What the child's work is called with.
+            folder: Its working directory, and its place for scratch.
+            stdin: What it finds on its standard input; less than a pipe holds (64 KiB).
+            stdout: Descriptor of a file that takes its output.
+            wall_s: Seconds that it may take.
+
+        Returns:
+            Its exit status; the negative number of the signal that ended it.
+
+        Raises:
+            TimeoutError: It took longer, and was killed.
+            OSError: The server could not be started, or ended under it.
+        """
+        told, tell = socket.socketpair()
+        with told:
+            with tell:
+                self._send(
+                    {"arguments": list(arguments), "folder": str(folder)}, stdin, stdout, tell
+                )
+            told.settimeout(wall_s)
+            try:
+                answer = told.recv(4)
+            except BaseException:
+                told.shutdown(socket.SHUT_WR)  # the server kills it, and answers once more
+                told.settimeout(_END_S)
+                with contextlib.suppress(OSError):
+                    told.recv(4)
+                raise
+        if len(answer) < 4:
+            raise OSError("the server of the intake ended")
+        status: int = struct.unpack("=i", answer)[0]
+        if status < 0:
+            self.retire()
+        return status
+
+    def retire(self) -> None:
+        """Take no further tasks to this server; it ends with its last child."""
+        with self._lock:
+            self._disconnect()
+
+    def close(self) -> None:
+        """End the server, and wait for its end; the next task starts another."""
+        with self._lock:
+            self._disconnect()
+            if self._owner != os.getpid():
+                self._processes.clear()
+            for process in self._processes:
+                try:
+                    process.wait(_END_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+            self._processes.clear()
+
+    def _send(self, task: dict[str, Any], stdin: bytes, stdout: int, tell: socket.socket) -> None:
+        """Hand a task over, to a new server if the one at hand is gone."""
+        text = json.dumps(task).encode()
+        message = struct.pack("=I", len(text)) + text
+        source, sink = os.pipe()
+        try:
+            with self._lock:
+                descriptors = [source, stdout, tell.fileno()]
+                try:
+                    socket.send_fds(self._connected(), [message], descriptors)
+                except (BrokenPipeError, ConnectionResetError):
+                    self._disconnect()
+                    socket.send_fds(self._connected(), [message], descriptors)
+            os.close(source)
+            source = -1
+            with contextlib.suppress(BrokenPipeError):
+                os.write(sink, stdin)
+        finally:
+            os.close(sink)
+            if source >= 0:
+                os.close(source)
+
+    def _connected(self) -> socket.socket:
+        if self._control is not None and self._owner == os.getpid():
+            return self._control
+        self._disconnect()
+        here, there = socket.socketpair()
+        with there:
+            process = subprocess.Popen(  # noqa: S603  # our own module
+                self._command(str(there.fileno())),
+                cwd="/",
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[there.fileno()],
+                start_new_session=True,
+            )
+        if self._owner != os.getpid():
+            self._processes.clear()  # its parent's
+        self._processes = [old for old in self._processes if old.poll() is None]
+        self._processes.append(process)
+        self._control, self._owner = here, os.getpid()
+        return here
+
+    def _command(self, descriptor: str) -> list[str]:
+        return [sys.executable, "-s", "-P", "-m", self._module, descriptor]
+
+    def _disconnect(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+
+# --- the server's half
+
+
+def serve(control: socket.socket, work: Work) -> None:
+    """Fork a child for each task that comes, until the client is gone and the last child ended.
+
+    Args:
+        control: The client's socket.
+        work: What a child does. It is the first to see what the arguments name.
+    """
+    wakes, waker = socket.socketpair()
+    wakes.setblocking(False)
+    waker.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+    children: dict[int, socket.socket] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(control, selectors.EVENT_READ)
+        selector.register(wakes, selectors.EVENT_READ)
+        is_open = True
+        while is_open or children:
+            for key, _ in selector.select():
+                if key.fileobj is control:
+                    is_open = _begin(control, work, children, selector)
+                elif key.fileobj is wakes:
+                    wakes.recv(4096)
+                    _tell_of_the_ended(children, selector)
+                elif key.data in children:  # its client has let go
+                    selector.unregister(key.fileobj)
+                    os.kill(key.data, signal.SIGKILL)
+    wakes.close()
+    waker.close()
+
+
+def _begin(
+    control: socket.socket,
+    work: Work,
+    children: dict[int, socket.socket],
+    selector: selectors.BaseSelector,
+) -> bool:
+    """Take a task and fork its child; False when the client is gone."""
+    try:
+        head, descriptors, _, _ = socket.recv_fds(control, 4, _NUM_DESCRIPTORS)
+        text = _exactly(control, struct.unpack("=I", head)[0]) if head else b""
+    except ConnectionResetError:
+        text = b""
+    if not text:
+        selector.unregister(control)
+        return False
+    task, server = json.loads(text), os.getpid()
+    stdin, stdout, told = descriptors
+    pid = os.fork()
+    if pid == 0:
+        _be_the_child(task, stdin, stdout, work, server)
+    os.close(stdin)
+    os.close(stdout)
+    children[pid] = socket.socket(fileno=told)
+    selector.register(children[pid], selectors.EVENT_READ, pid)
+    return True
+
+
+def _exactly(control: socket.socket, size: int) -> bytes:
+    """The next `size` bytes; empty if the client ends before."""
+    text = b""
+    while len(text) < size:
+        part = control.recv(size - len(text))
+        if not part:
+            return b""
+        text += part
+    return text
+
+
+def _be_the_child(
+    task: dict[str, Any], stdin: int, stdout: int, work: Work, server: int
+) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the other children's among them
+        os.chdir(task["folder"])
+        os.environ["TMPDIR"] = tempfile.tempdir = task["folder"]
+        status = work([f"--confine={server}", *task["arguments"]])
+        sys.stdout.flush()
+    finally:
+        os._exit(status)
+
+
+def _tell_of_the_ended(
+    children: dict[int, socket.socket], selector: selectors.BaseSelector
+) -> None:
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        told = children.pop(pid)
+        with contextlib.suppress(KeyError):
+            selector.unregister(told)
+        with told, contextlib.suppress(OSError):
+            told.send(struct.pack("=i", os.waitstatus_to_exitcode(status)))
+
+
+def main() -> None:
+    """Load the readers and serve; the argument is the descriptor of the control socket."""
+    from imaging import intake
+
+    gc.collect()
+    gc.freeze()  # what is loaded is left alone by the children's collections, and so stays shared
+    serve(socket.socket(fileno=int(sys.argv[1])), intake.main)
+
+
+if __name__ == "__main__":
+    main()
