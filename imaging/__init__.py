@@ -19,6 +19,7 @@
     archive        the files of a zip, by place and never by name
     image2d        one 2D image: PNG, JPEG, radiograph
     intake         whatever was sent (a file, a zip, a folder) to one volume
+    kinds          what a scan is meant to be
     sandbox        the intake in a child process with limits
     resample       separable linear resampling between axis-parallel grids
     geometry       the certificate that a mask lies on its source grid

@@ -28,15 +28,11 @@ from imaging.dicom_file import quiet
 from imaging.dicom_voxels import Source
 from imaging.errors import ScanError
 from imaging.identity import Policy, Pseudonyms
+from imaging.kinds import EXIT_BAD_SCAN, EXIT_CANNOT_WRITE, Kind
 from imaging.limits import MAX_MEMBERS
 from imaging.slices import Slices
 from imaging.volume import Array, Grid, Volume
 from imaging.volume_files import SNIFF_BYTES, Form
-
-Kind = Literal["image", "labels"]
-
-EXIT_BAD_SCAN = 65
-EXIT_CANNOT_WRITE = 74
 
 _ROUNDING = 1e-3  # labels stored as 0.99999997 exist
 _FOREIGN = {b"\x89HDF": "HDF5 (MINC 2)", b"CDF\x01": "MINC"}

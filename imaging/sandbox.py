@@ -21,7 +21,7 @@ import numpy as np
 from imaging.errors import ScanError
 from imaging.forkserver import ForkServer
 from imaging.identity import Policy, Pseudonyms
-from imaging.intake import EXIT_BAD_SCAN, Kind
+from imaging.kinds import EXIT_BAD_SCAN, Kind
 from imaging.volume import Grid, Shape, Spacing
 
 _ENVIRONMENT = {

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging.errors import ScanError
-from imaging.intake import Kind, read_scan
+from imaging.intake import read_scan
+from imaging.kinds import Kind
 from imaging.volume import Grid, Volume
 from models.preprocess import prepare, prepare_labels
 from models.recipe import FinetuneRecipe, Preprocessing
