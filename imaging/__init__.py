@@ -3,6 +3,7 @@
     errors         what is wrong with a scan, with a stable code
     limits         absolute caps on what a scan may be
     volume         voxels with an affine in RAS+, and the grid they came from
+    orientation    a file's axes to RAS+ and back
     checks         what must hold for any affine and any voxels
     nifti          NIfTI-1/2 in and out
     dicom          a DICOM series to a volume

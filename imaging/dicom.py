@@ -23,8 +23,9 @@ from imaging.dicom_stack import Arranged, Plane, arrange, stacks
 from imaging.dicom_voxels import Source, read_voxels, stored_frames
 from imaging.errors import ScanError
 from imaging.limits import MAX_FILE_BYTES, read_capped, shared_reads
+from imaging.orientation import canonical_affine, empty_canonical, on_source_grid
 from imaging.slices import Slices, regular_grid, to_grid
-from imaging.volume import Array, Grid, Volume, canonical_affine, empty_canonical, on_source_grid
+from imaging.volume import Array, Grid, Volume
 
 __all__ = ["Series", "Source", "Unused", "Used", "read_series"]
 

@@ -22,7 +22,8 @@ from imaging.dicom_header import Header, Native, read_pixels
 from imaging.dicom_stack import Plane
 from imaging.errors import ScanError
 from imaging.limits import MAX_FILE_BYTES, MAX_VOXELS, read_capped
-from imaging.volume import Array, Grid, empty_canonical, on_source_grid
+from imaging.orientation import empty_canonical, on_source_grid
+from imaging.volume import Array, Grid
 
 Source = Path | Callable[[], BinaryIO]
 """A file, or a function that opens one (the member of an archive)."""

@@ -25,17 +25,9 @@ from nibabel.wrapstruct import WrapStructError
 from imaging.checks import check_affine
 from imaging.errors import ScanError
 from imaging.limits import MAX_CHANNELS, MAX_SIDE, MAX_VOXELS
+from imaging.orientation import canonical
 from imaging.stored import MAX_OFFSET_BYTES, drain, read_voxels, skip, unpacked
-from imaging.volume import (
-    Affine,
-    Array,
-    Grid,
-    Shape,
-    Volume,
-    canonical,
-    corner_distance_mm,
-    spacing_of,
-)
+from imaging.volume import Affine, Array, Grid, Shape, Volume, corner_distance_mm, spacing_of
 
 _HEADERS: dict[int, tuple[type[Any], bytes]] = {
     348: (nib.Nifti1Header, b"n+1\0"),

@@ -23,8 +23,9 @@ from imaging.dicom_file import looks_like_dicom
 from imaging.dicom_voxels import Source
 from imaging.errors import ScanError
 from imaging.limits import CHUNK_BYTES, MAX_UNPACKED_BYTES
+from imaging.orientation import canonical
 from imaging.stored import MAX_HEADER_BYTES, StoredHeader, read_detached
-from imaging.volume import Array, Grid, Volume, canonical
+from imaging.volume import Array, Grid, Volume
 
 Form = Literal["nifti", "nrrd", "metaimage", "dicom", "zip"]
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging import nifti
+from imaging.orientation import on_source_grid
 from imaging.results.certificate import certify_nifti
-from imaging.volume import Grid, on_source_grid
+from imaging.volume import Grid
 from service import itk_reader
 from service.results import INTENDED_USE
 from service.runs import NewArtifact

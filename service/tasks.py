@@ -24,7 +24,8 @@ from celery.signals import worker_process_init
 
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
-from imaging.volume import Grid, on_source_grid
+from imaging.orientation import on_source_grid
+from imaging.volume import Grid
 from models import memory, predict, preflight
 from models.cascade import Case
 from models.preflight import Preflight

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813  # its usual name
 
 from benchmarks import bench_intake
-from imaging.volume import canonical
+from imaging.orientation import canonical
 
 
 @pytest.mark.nightly

@@ -18,10 +18,11 @@ import pytest
 from imaging import nifti
 from imaging.dicom_header import quiet
 from imaging.intake import read_scan
+from imaging.orientation import on_source_grid
 from imaging.phantom_dicom import write_dicom_series
 from imaging.results.__main__ import write_all
 from imaging.results.facts import Facts, Label
-from imaging.volume import Volume, on_source_grid
+from imaging.volume import Volume
 
 RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 NAMES = {"liver": 1, "tumour": 2}

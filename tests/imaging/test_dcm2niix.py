@@ -18,7 +18,8 @@ import pytest
 
 from imaging.errors import ScanError
 from imaging.intake import read_scan
-from imaging.volume import Grid, canonical, canonical_affine, corner_distance_mm
+from imaging.orientation import canonical, canonical_affine
+from imaging.volume import Grid, corner_distance_mm
 
 REFERENCES = ["chaos_ct_set3", "totalseg_siemens_j2k"]
 SERIES = {

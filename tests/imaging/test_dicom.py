@@ -26,7 +26,8 @@ from imaging import phantom
 from imaging.dicom import read_series
 from imaging.dicom_header import quiet, read_header
 from imaging.errors import ScanError
-from imaging.volume import Volume, canonical
+from imaging.orientation import canonical
+from imaging.volume import Volume
 
 LPS = np.array([-1.0, -1.0, 1.0])
 

@@ -16,8 +16,8 @@ from imaging.dicom import read_series
 from imaging.dicom_header import read_header, read_pixels
 from imaging.errors import ScanError
 from imaging.intake import read_scan
+from imaging.orientation import canonical, on_source_grid
 from imaging.slices import to_slices
-from imaging.volume import canonical, on_source_grid
 
 GE = "dicom_series/ge_head_tilt_variable_spacing.zip"
 CODECS = [

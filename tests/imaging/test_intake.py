@@ -13,8 +13,9 @@ from imaging import intake, nifti, phantom
 from imaging.errors import ScanError
 from imaging.geometry import certify
 from imaging.intake import read_scan
+from imaging.orientation import on_source_grid
 from imaging.sandbox import run_intake
-from imaging.volume import Volume, on_source_grid
+from imaging.volume import Volume
 
 AFFINE = np.diag([-1.0, -2.0, 3.0, 1.0])
 

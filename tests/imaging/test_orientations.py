@@ -15,7 +15,8 @@ from scipy.spatial.transform import Rotation
 from imaging import nifti, phantom
 from imaging.dicom import read_series
 from imaging.geometry import certify
-from imaging.volume import Volume, canonical, on_source_grid
+from imaging.orientation import canonical, on_source_grid
+from imaging.volume import Volume
 
 CODES = [(axes, signs) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3)]
 SHAPE = (7, 6, 5)

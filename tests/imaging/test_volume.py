@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from imaging.volume import Grid, canonical, on_source_grid
+from imaging.orientation import canonical, on_source_grid
+from imaging.volume import Grid
 
 CODES = [
     "".join(pairs[axis][side] for axis, side in zip(order, sides, strict=True))

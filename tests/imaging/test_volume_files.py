@@ -13,8 +13,8 @@ from scipy.spatial.transform import Rotation
 
 from imaging.errors import ScanError
 from imaging.intake import read_scan, report_of
+from imaging.orientation import canonical
 from imaging.sandbox import run_intake
-from imaging.volume import canonical
 
 VOXELS = np.random.default_rng(0).integers(-1000, 2000, (5, 6, 7)).astype(np.int16)
 
