@@ -4,6 +4,9 @@ Two things make a result uncertain: which patients are in the test split, and wh
 seed decided (weights, batches, which patients were labelled). A test over patients alone would
 call two seeds of the same method different, since one network is a little better on all patients.
 
+`scipy.stats` takes most of a second to load, and the API, which loads this module at its start,
+reports on an experiment now and then: so the functions that need it load it.
+
 S seeds, R resamples, P patients, N cases.
 """
 
@@ -14,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from models.experiment.cases import CaseTable, Floats, mean_of_known, require_same_cases
 
@@ -198,6 +200,8 @@ def _by_patient(runs: Sequence[CaseTable], others: Sequence[CaseTable]) -> Float
 def _signed_rank_p(differences: Floats) -> float:
     if not np.any(differences):
         return 1.0
+    from scipy import stats
+
     return float(stats.wilcoxon(differences).pvalue)
 
 
@@ -206,10 +210,14 @@ def _t_test_p(differences: Floats) -> float | None:
         return None
     if np.ptp(differences) == 0.0:  # no spread: scipy would divide by it
         return 0.0 if differences[0] else 1.0
+    from scipy import stats
+
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def _ranked(table: CaseTable) -> Floats:
+    from scipy import stats
+
     ranks: Floats = stats.rankdata(table.values, axis=0)
     return ranks
 
