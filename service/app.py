@@ -16,10 +16,10 @@ from pydantic.json_schema import models_json_schema
 from imaging import sandbox
 from service import db, schemas
 from service.envelope import Envelope
-from service.errors import install_handlers, log_unexpected, problem, request_id_of
 from service.experiment_reports import Reports
 from service.http_metrics import HttpMetrics
 from service.metrics import ServiceMetrics
+from service.problems import install_handlers, log_unexpected, problem, request_id_of
 from service.routers import (
     batches,
     cascades,

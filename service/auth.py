@@ -13,15 +13,11 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
-from fastapi import Depends, Header, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
@@ -63,48 +59,6 @@ class Principal:
 
 
 TOKEN_FORM = re.compile(r"pcrl_([0-9a-f]{12})_([A-Za-z0-9-]{32,})")
-bearer = HTTPBearer(auto_error=False, description="`pcrl token create NAME --role ROLE`")
-
-
-def principal(role: Role) -> Callable[..., Principal]:
-    """A FastAPI dependency: the caller, who has at least this role.
-
-    Raises:
-        ServiceError: 401 `not_authenticated`, 403 `forbidden`, 404 `not_found` (the project).
-    """
-
-    def require(caller: Annotated[Principal, Depends(identify)]) -> Principal:
-        if not caller.role.covers(role):
-            raise ServiceError(
-                403, "forbidden", f"the token's role is {caller.role}; {role} is needed"
-            )
-        return caller
-
-    return require
-
-
-def identify(
-    request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
-    project: Annotated[
-        str | None,
-        Header(
-            alias="PCRL-Project",
-            description="Id or name of the project that the request acts in, for tokens of all "
-            "projects; `default` unless told.",
-        ),
-    ] = None,
-) -> Principal:
-    """A FastAPI dependency: the caller, and the project that the request acts in.
-
-    It uses a session of its own (`app.state.sessions`, a `sessionmaker`), so no transaction is
-    open while the request's body streams.
-
-    Raises:
-        ServiceError: 401 `not_authenticated`, 404 `not_found` (the project).
-    """
-    with request.app.state.sessions() as session:
-        return authenticate(session, credentials.credentials if credentials else None, project)
 
 
 def authenticate(session: Session, token: str | None, project: str | None = None) -> Principal:

@@ -18,7 +18,6 @@ from typing import Any
 
 from celery import Celery
 from kombu.exceptions import KombuError, OperationalError
-from redis.exceptions import RedisError
 
 from service import broker, faults
 from service.settings import Settings, get_settings
@@ -85,11 +84,21 @@ def ring(run_id: str, queue: str, *, settings: Settings | None = None) -> bool:
     faults.point("publish.before")
     try:
         app.send_task(TASK_OF[queue], [run_id], queue=queue, expires=MESSAGE_LIFE_S)
-    except (OperationalError, KombuError, RedisError, OSError) as error:
+    except broker_errors() as error:
         logger.warning("the broker did not take %s: %s", run_id, type(error).__name__)
         return False
     faults.point("publish.after")
     return True
+
+
+def broker_errors() -> tuple[type[Exception], ...]:
+    """What talking to the broker may raise; to be asked when something was raised.
+
+    Until then nobody needs to load redis, and with the embedded broker nobody ever does.
+    """
+    from redis.exceptions import RedisError
+
+    return OperationalError, KombuError, RedisError, OSError
 
 
 def worker_command(queue: str, *, settings: Settings | None = None) -> list[str]:

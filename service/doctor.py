@@ -11,13 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kombu.exceptions import KombuError
-from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from models.bundle import BundleError
 from models.session import available_providers
-from service.celery_app import make_app
+from service.celery_app import broker_errors, make_app
 from service.db import connect
 from service.migrate import is_current
 from service.settings import Settings
@@ -124,6 +122,6 @@ def _broker(settings: Settings) -> str:
     try:
         with make_app(settings).connection_for_write(connect_timeout=2) as connection:
             connection.ensure_connection(max_retries=1, timeout=2)
-    except (KombuError, RedisError, OSError) as error:
+    except broker_errors() as error:
         raise _Lacking(f"does not answer ({type(error).__name__})") from None
     return "embedded (files)" if settings.broker_url.startswith("filesystem") else "redis"

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs
-from service.errors import log_unexpected, unexpected
+from service.problems import log_unexpected, unexpected
 
 logger = logging.getLogger("service.access")
 

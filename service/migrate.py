@@ -3,6 +3,9 @@
 One migrator at a time: on PostgreSQL an advisory lock (migrations/env.py), on SQLite a lock on a
 file beside the database; the kernel and the server drop both with a killed process. A migration is
 one transaction, so one that breaks off leaves the tables as they were.
+
+Every process asks at its start whether the tables are its own, and the API at each look at its
+health. That reads one row and the names of the revisions; who migrates alone loads Alembic.
 """
 
 from __future__ import annotations
@@ -10,17 +13,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine, column, inspect, make_url, select, table
 
 import migrations
 from service.db import connect
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_VERSIONS = table("alembic_version", column("version_num"))
+_REVISION = re.compile(
+    r"""^revision = ["'](?P<id>\w+)["']\ndown_revision = (?:None|["'](?P<below>\w+)["'])$""",
+    re.MULTILINE,
+)
 
 
 class SchemaError(Exception):
@@ -37,6 +48,8 @@ def upgrade(url: str, revision: str = "head") -> None:
     Raises:
         SchemaError: The database is of a newer version.
     """
+    from alembic import command
+
     path = make_url(url).database
     if url.startswith("sqlite") and path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +60,8 @@ def upgrade(url: str, revision: str = "head") -> None:
 
 def downgrade(url: str, revision: str) -> None:
     """Migrate down to a revision (`base` removes everything)."""
+    from alembic import command
+
     with _alone(url):
         _refuse_newer(url)
         command.downgrade(_config(url), revision)
@@ -77,18 +92,21 @@ def require_current(engine: Engine) -> None:
 def found(engine: Engine) -> str | None:
     """The database's revision; None where no migration has run."""
     with engine.connect() as connection:
-        heads = MigrationContext.configure(connection).get_current_heads()
+        if not inspect(connection).has_table(_VERSIONS.name):
+            return None
+        heads = connection.scalars(select(_VERSIONS.c.version_num)).all()
     return "+".join(sorted(heads)) or None
 
 
 def head() -> str:
     """The newest revision that this version knows."""
-    return "+".join(sorted(_scripts().get_heads()))
+    below = _revisions()
+    return "+".join(sorted(set(below) - set(below.values())))
 
 
 def is_known(revision: str) -> bool:
     """Whether this version has the revision; a newer version's it has not."""
-    return revision in {script.revision for script in _scripts().walk_revisions()}
+    return revision in _revisions()
 
 
 def _refuse_newer(url: str) -> None:
@@ -123,13 +141,26 @@ def _alone(url: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config(""))
+@lru_cache(maxsize=1)
+def _revisions() -> dict[str, str | None]:
+    """Each revision that this version knows, with the one below it."""
+    below = {}
+    for file in (_folder() / "versions").glob("[0-9]*.py"):
+        found = _REVISION.search(file.read_text(encoding="utf-8"))
+        assert found is not None, file
+        below[found["id"]] = found["below"]
+    return below
+
+
+def _folder() -> Path:
+    return Path(migrations.__file__).parent
 
 
 def _config(url: str) -> Config:
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.set_main_option("script_location", str(_folder()))
     config.set_main_option("path_separator", "os")
     config.attributes["url"] = url
     return config

@@ -9,11 +9,12 @@ from typing import Annotated, cast
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from service import db, faults, idempotency
-from service.auth import Principal, Role, identify, principal, site_pseudonyms
+from service.auth import Principal, Role, authenticate, site_pseudonyms
 from service.errors import ServiceError
 from service.experiment_reports import Reports
 from service.idempotency import Answer
@@ -22,6 +23,50 @@ from service.settings import Settings
 from service.storage import Store
 
 PREFIX = "/api/v1"
+
+bearer = HTTPBearer(auto_error=False, description="`pcrl token create NAME --role ROLE`")
+
+
+def principal(role: Role) -> Callable[..., Principal]:
+    """A FastAPI dependency: the caller, who has at least this role.
+
+    Raises:
+        ServiceError: 401 `not_authenticated`, 403 `forbidden`, 404 `not_found` (the project).
+    """
+
+    def require(caller: Annotated[Principal, Depends(identify)]) -> Principal:
+        if not caller.role.covers(role):
+            raise ServiceError(
+                403, "forbidden", f"the token's role is {caller.role}; {role} is needed"
+            )
+        return caller
+
+    return require
+
+
+def identify(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    project: Annotated[
+        str | None,
+        Header(
+            alias="PCRL-Project",
+            description="Id or name of the project that the request acts in, for tokens of all "
+            "projects; `default` unless told.",
+        ),
+    ] = None,
+) -> Principal:
+    """A FastAPI dependency: the caller, and the project that the request acts in.
+
+    It uses a session of its own (`app.state.sessions`, a `sessionmaker`), so no transaction is
+    open while the request's body streams.
+
+    Raises:
+        ServiceError: 401 `not_authenticated`, 404 `not_found` (the project).
+    """
+    with request.app.state.sessions() as session:
+        return authenticate(session, credentials.credentials if credentials else None, project)
+
 
 Viewer = Annotated[Principal, Depends(principal(Role.VIEWER))]
 Annotator = Annotated[Principal, Depends(principal(Role.ANNOTATOR))]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.errors import MEDIA_TYPE, PROBLEMS
+from service.errors import PROBLEMS
+from service.problems import MEDIA_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
 

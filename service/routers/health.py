@@ -10,16 +10,14 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials
-from kombu.exceptions import KombuError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from redis.exceptions import RedisError
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, aliased, sessionmaker
 
 from service import db, migrate, schemas
-from service.auth import authenticate, bearer
-from service.celery_app import make_app
+from service.auth import authenticate
+from service.celery_app import broker_errors, make_app
 from service.errors import ServiceError
 from service.queue import is_waiting
 from service.routers import deps, docs
@@ -38,7 +36,7 @@ router = deps.router("health")
 def _metrics_reader(
     request: Request,
     settings: deps.SettingsOf,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(deps.bearer)],
 ) -> None:
     """Whoever may read the metrics: the holder of any token, or anybody where that is set.
 
@@ -154,7 +152,7 @@ def _result(name: str, check: Callable[[], None]) -> schemas.Check:
         check()
     except NotReady as error:
         return schemas.Check(check=name, result="failed", detail=str(error))
-    except (SQLAlchemyError, OSError, KombuError, RedisError) as error:
+    except (SQLAlchemyError, OSError) as error:
         return schemas.Check(check=name, result="failed", detail=type(error).__name__)
     return schemas.Check(check=name, result="ok")
 
@@ -178,8 +176,11 @@ def _disk(store: Store) -> None:
 
 
 def _broker(settings: Settings) -> None:
-    with make_app(settings).connection_for_write() as connection:
-        connection.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT_S)
+    try:
+        with make_app(settings).connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT_S)
+    except broker_errors() as error:
+        raise NotReady(type(error).__name__) from None
 
 
 def _worker(sessions: sessionmaker[Session], queue: str) -> None:

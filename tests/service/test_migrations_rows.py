@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import func, inspect, select, text
 
 from service import db, migrate
@@ -70,7 +71,17 @@ def counts(engine) -> dict[str, int]:
 
 
 def revisions() -> list[str]:
-    return [script.revision for script in migrate._scripts().walk_revisions()]
+    return [script.revision for script in scripts().walk_revisions()]
+
+
+def scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(migrate._config(""))
+
+
+def test_the_revisions_are_those_that_alembic_knows():
+    assert migrate.head() == "+".join(scripts().get_heads())
+    assert all(migrate.is_known(revision) for revision in revisions())
+    assert not migrate.is_known("9999")
 
 
 def test_t_o1_each_revision_goes_down_and_up_with_rows_in_every_table(engine, database_url):
