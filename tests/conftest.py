@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, MetaData, create_engine, func, make_url, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import NullPool
 
 POSTGRES_URL = os.environ.get(
     "PCRL_TEST_POSTGRES_URL", "postgresql+psycopg://postgres@127.0.0.1:5432"
@@ -80,9 +81,72 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'test.sqlite3'}"
 
 
+class SharedPostgres:
+    """One migrated database for many tests of a process, each of which finds it as a new one."""
+
+    def __init__(self, url: str) -> None:
+        from service import migrate
+
+        self.url = url
+        migrate.upgrade(url)
+        self._engine = create_engine(url, poolclass=NullPool)
+        metadata = MetaData()
+        metadata.reflect(self._engine)
+        self._tables = [
+            table for name, table in metadata.tables.items() if name != "alembic_version"
+        ]
+        with self._engine.connect() as connection:
+            self._rows = {
+                table: [dict(row) for row in connection.execute(select(table)).mappings()]
+                for table in self._tables
+            }
+
+    def renew(self) -> None:
+        """Close what a test left open, and put the rows back that the migrations made."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+            )
+            connection.execute(text("SET session_replication_role = replica"))  # no foreign keys
+            names = [f'"{table.name}"' for table in self._tables]
+            sizes = [select(func.pg_relation_size(name)).scalar_subquery() for name in names]
+            if any(size > 1 << 20 for size in connection.execute(select(*sizes)).one()):
+                connection.execute(text(f"TRUNCATE {', '.join(names)}"))
+            else:  # sooner done where there are few rows
+                connection.execute(text("; ".join(f"DELETE FROM {name}" for name in names)))
+            for table, rows in self._rows.items():
+                if rows:
+                    connection.execute(table.insert(), rows)
+            connection.execute(
+                text("SELECT setval(c.oid, 1, false) FROM pg_class c WHERE c.relkind = 'S'")
+            )
+
+
+@pytest.fixture(scope="session")
+def shared_postgres(postgres_admin: Engine) -> Iterator[SharedPostgres]:
+    """The migrated database of this process."""
+    name = f"pcrl_shared_{uuid.uuid4().hex}"
+    with postgres_admin.connect() as connection:
+        connection.execute(text(f'CREATE DATABASE "{name}"'))
+    url = make_url(POSTGRES_URL).set(database=name)
+    yield SharedPostgres(url.render_as_string(hide_password=False))
+    with postgres_admin.connect() as connection:
+        connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+
+
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
 def database_url(request: pytest.FixtureRequest) -> str:
-    """A fresh, empty database: the test runs once on SQLite and once on PostgreSQL."""
+    """A fresh, empty database: the test runs once on SQLite and once on PostgreSQL.
+
+    For a test that has it migrated at once (`engine`), PostgreSQL's is there already.
+    """
+    if request.param == "postgresql" and "engine" in request.fixturenames:
+        shared: SharedPostgres = request.getfixturevalue("shared_postgres")
+        shared.renew()
+        return shared.url
     fixture = "sqlite_url" if request.param == "sqlite" else "postgres_url"
     url: str = request.getfixturevalue(fixture)
     return url
@@ -100,13 +164,18 @@ def newest_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def migrated(newest_sqlite: Path) -> Callable[[str], None]:
-    """Brings an empty database to the newest revision; on SQLite by a copy of one that is there."""
+    """Brings an empty database to the newest revision; on SQLite by a copy of one that is there.
+
+    `SharedPostgres` is there already.
+    """
     from service import migrate
 
     def make(url: str) -> None:
         path = Path(make_url(url).database or "")
         if not url.startswith("sqlite") or path.exists():
-            return migrate.upgrade(url)
+            if "pcrl_shared" not in url:
+                migrate.upgrade(url)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(newest_sqlite, path)
 
