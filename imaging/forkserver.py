@@ -1,4 +1,4 @@
-"""A process that has the readers loaded and forks one child for each scan.
+"""A process that has readers or writers of scans loaded and forks one child for each task.
 
 A fresh interpreter spends a second of processor time on imports before it reads the first byte; a
 fork of one that has them costs milliseconds. The server itself never meets hostile bytes: it starts
@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib
 import json
 import os
 import selectors
@@ -29,13 +30,22 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 Work = Callable[[Sequence[str]], int]
 """What a child does: its arguments to its exit status."""
 
+ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),  # -I would ignore it, and the source
+    # tree is not installed
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "LC_ALL": "C.UTF-8",
+    "OPENBLAS_NUM_THREADS": "1",  # every BLAS thread reserves address space; a fork has but one
+    "OMP_NUM_THREADS": "1",
+}
+"""All that a server and its children have as environment; a child has TMPDIR besides."""
 _NUM_DESCRIPTORS = 3
 _END_S = 10.0
 """How long a killed child, or a server without tasks, may take to end."""
@@ -45,13 +55,11 @@ class ForkServer:
     """The client's half; safe in threads, and in a process that was forked itself.
 
     Args:
-        module: What `python -m` runs as the server.
-        environment: All that the server and its children have as environment.
+        module: Its `main` is what a child does.
     """
 
-    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, module: str) -> None:
         self._module = module
-        self._environment = dict(environment)
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._owner = 0
@@ -99,7 +107,7 @@ class ForkServer:
                     told.recv(4)
                 raise
         if len(answer) < 4:
-            raise OSError("the server of the intake ended")
+            raise OSError("the fork server ended")
         status: int = struct.unpack("=i", answer)[0]
         if status < 0:
             self.retire()
@@ -155,7 +163,7 @@ class ForkServer:
             process = subprocess.Popen(  # noqa: S603  # our own module
                 self._command(str(there.fileno())),
                 cwd="/",
-                env=self._environment,
+                env=ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -170,7 +178,8 @@ class ForkServer:
         return here
 
     def _command(self, descriptor: str) -> list[str]:
-        return [sys.executable, "-s", "-P", "-m", self._module, descriptor]
+        program = ["-s", "-P", "-m", "imaging.forkserver", self._module, descriptor]
+        return [sys.executable, *program]
 
     def _disconnect(self) -> None:
         if self._control is not None:
@@ -284,12 +293,11 @@ def _tell_of_the_ended(
 
 
 def main() -> None:
-    """Load the readers and serve; the argument is the descriptor of the control socket."""
-    from imaging import intake
-
+    """Serve a module's `main`; the second argument is the control socket's descriptor."""
+    work: Work = importlib.import_module(sys.argv[1]).main
     gc.collect()
     gc.freeze()  # what is loaded is left alone by the children's collections, and so stays shared
-    serve(socket.socket(fileno=int(sys.argv[1])), intake.main)
+    serve(socket.socket(fileno=int(sys.argv[2])), work)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,7 @@ from imaging.identity import Policy, Pseudonyms
 from imaging.kinds import EXIT_BAD_SCAN, Kind
 from imaging.volume import Grid, Shape, Spacing
 
-_ENVIRONMENT = {
-    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),  # -I would ignore it, and the source
-    # tree is not installed
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "LC_ALL": "C.UTF-8",
-    "OPENBLAS_NUM_THREADS": "1",  # every BLAS thread reserves address space; a fork has but one
-    "OMP_NUM_THREADS": "1",
-}
-_server = ForkServer("imaging.forkserver", _ENVIRONMENT)
+_server = ForkServer("imaging.intake")
 _UID = re.compile(r"[0-9.]{1,64}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def _each(formats: list[str], code: str, detail: str) -> list[dict[str, str]]:
     return [{"format": form, "code": code, "detail": detail} for form in formats]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the results of JOB under the limits given, print what came of it."""
     parser = argparse.ArgumentParser(prog="python -m imaging.results", description=main.__doc__)
     parser.add_argument("job", type=Path)
@@ -139,14 +140,14 @@ def main() -> int:
     parser.add_argument("--cpu-s", type=int, required=True)
     parser.add_argument("--file-bytes", type=int, required=True)
     parser.add_argument("--open-files", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True, help="process id of the parent")
-    options = parser.parse_args()
+    parser.add_argument("--confine", type=int, required=True, metavar="PID", help="child of PID")
+    options = parser.parse_args(arguments)
     confine(
         memory_bytes=options.memory_bytes,
         cpu_s=options.cpu_s,
         file_bytes=options.file_bytes,
         open_files=options.open_files,
-        parent_pid=options.parent,
+        parent_pid=options.confine,
         readable=[options.source, options.mask],
         writable=options.out,
     )

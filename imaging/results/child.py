@@ -1,6 +1,7 @@
 """Results of a DICOM source in a child process with limits: its headers are hostile bytes.
 
-The child gets a bare environment, no standard input, and the walls of `imaging.confine`.
+The child is forked by `imaging.forkserver`. It gets a bare environment, no standard input, and the
+walls of `imaging.confine`.
 Whatever it cannot write is named; only a file that differs from what was computed is an error.
 """
 
@@ -8,15 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from imaging.forkserver import ForkServer
 from imaging.geometry import GeometryError
 from imaging.results.facts import Facts
 from imaging.sandbox import Limits
@@ -25,7 +25,7 @@ from imaging.volume import Grid
 Format = Literal["dicom-seg", "dicom-sr", "rtstruct"]
 FORMATS: tuple[Format, ...] = ("dicom-seg", "dicom-sr", "rtstruct")
 
-_ROOT = Path(__file__).resolve().parents[2]
+_server = ForkServer("imaging.results.__main__")
 _EXIT_NOT_CERTIFIED = 66
 
 
@@ -142,41 +142,22 @@ def _write_some(
     )
 
 
-def _run(arguments: list[str], out_dir: Path, limits: Limits) -> tuple[int, bytes]:
-    command = [
-        *(sys.executable, "-s", "-P", "-m", "imaging.results"),
+def _run(paths: list[str], out_dir: Path, limits: Limits) -> tuple[int, bytes]:
+    arguments = [
         f"--out={out_dir}",
         f"--memory-bytes={limits.memory_bytes}",
         f"--cpu-s={limits.cpu_s}",
         f"--file-bytes={limits.file_bytes}",
         f"--open-files={limits.open_files}",
-        f"--parent={os.getpid()}",
         "--",
-        *arguments,
+        *paths,
     ]
-    environment = {
-        "PYTHONPATH": str(_ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "LC_ALL": "C.UTF-8",
-        "TMPDIR": str(out_dir),
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    process = subprocess.Popen(  # noqa: S603  # our own module; paths are single arguments
-        command,
-        cwd=out_dir,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limits.wall_s)
-    except subprocess.TimeoutExpired:
-        return -signal.SIGKILL, b""
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    return process.returncode, output
+    with tempfile.TemporaryFile(dir=out_dir) as told:
+        try:
+            status = _server.run(
+                arguments, folder=out_dir, stdin=b"", stdout=told.fileno(), wall_s=limits.wall_s
+            )
+        except TimeoutError:
+            return -signal.SIGKILL, b""
+        told.seek(0)
+        return status, told.read()

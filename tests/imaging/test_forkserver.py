@@ -13,7 +13,6 @@ import pytest
 
 from imaging.forkserver import ForkServer
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, socket, sys, time
 from imaging import forkserver
@@ -31,7 +30,7 @@ forkserver.serve(socket.socket(fileno=int(sys.argv[1])), work)
 
 @pytest.fixture
 def server(monkeypatch):
-    made = ForkServer("none", {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"})
+    made = ForkServer("none")
     monkeypatch.setattr(made, "_command", lambda fd: [sys.executable, "-c", PROGRAM, fd])
     yield made
     made.close()

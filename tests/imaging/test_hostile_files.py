@@ -133,7 +133,7 @@ def own_server(monkeypatch):
     made = []
 
     def make(program: str | None = None) -> ForkServer:
-        server = ForkServer("imaging.forkserver", sandbox._ENVIRONMENT)
+        server = ForkServer("imaging.intake")
         if program is not None:
             monkeypatch.setattr(server, "_command", lambda fd: [sys.executable, "-c", program, fd])
         monkeypatch.setattr(sandbox, "_server", server)
