@@ -5,6 +5,9 @@ settings; client commands (`upload`, `dataset`, `pretrain`, `finetune`, `runs`, 
 `embed`) talk to `PCRL_URL` with `PCRL_TOKEN`.
 """
 
+# The docstring is what `pcrl --help` prints. Every process of the service starts here, so a command
+# loads for itself what the others have no use for.
+
 from __future__ import annotations
 
 import os
@@ -25,7 +28,6 @@ from service import (
     cli_models,
     cli_projects,
     logs,
-    migrate,
 )
 from service.process import stop_with_parent
 from service.settings import Settings, get_settings
@@ -51,6 +53,7 @@ def up(
     data_dir: Annotated[Path | None, typer.Option(help="Folder of everything.")] = None,
 ) -> None:
     """Start the embedded stack (API, workers, upkeep) until Ctrl-C."""
+    from service.migrate import SchemaError
     from service.stack import Stack, StackError
 
     chosen = {"port": port, "data_dir": data_dir}
@@ -69,7 +72,7 @@ def up(
             stack.supervise()
     except KeyboardInterrupt:
         console.print("stopped")
-    except (StackError, migrate.SchemaError) as error:
+    except (StackError, SchemaError) as error:
         sys.exit(str(error))
 
 
@@ -136,9 +139,11 @@ def migrate_command(
     revision: Annotated[str, typer.Option(help="Alembic revision.")] = "head",
 ) -> None:
     """Bring the database to this version's tables."""
+    from service.migrate import SchemaError, upgrade
+
     try:
-        migrate.upgrade(get_settings().database_url, revision)
-    except migrate.SchemaError as error:
+        upgrade(get_settings().database_url, revision)
+    except SchemaError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(os.EX_CONFIG) from None
     print("the database is up to date")
@@ -154,11 +159,12 @@ def backup(
     """Back up database, store, checkpoints and secrets, while the service works."""
     from service.backup import backup as make
     from service.backup_form import BackupError
+    from service.migrate import SchemaError
     from service.routers.health import product_version
 
     try:
         made = make(get_settings(), target, version=product_version(), with_secrets=secrets)
-    except (BackupError, migrate.SchemaError) as error:
+    except (BackupError, SchemaError) as error:
         sys.exit(str(error))
     found = made.manifest
     print(
@@ -175,11 +181,12 @@ def restore(
 ) -> None:
     """Check a backup by its digests and put it in place; the service must be stopped."""
     from service.backup_form import BackupError
+    from service.migrate import SchemaError
     from service.restore import restore as put_in_place
 
     try:
         found = put_in_place(get_settings(), source, replace=replace)
-    except (BackupError, migrate.SchemaError) as error:
+    except (BackupError, SchemaError) as error:
         sys.exit(str(error))
     print(
         f"restored {sum(found.rows.values())} rows and {found.num_blobs} files of "
@@ -241,11 +248,12 @@ def require_schema(settings: Settings) -> None:
     from sqlalchemy.exc import OperationalError
 
     from service.db import connect
+    from service.migrate import SchemaError, require_current
 
     engine = connect(settings.database_url)
     try:
-        migrate.require_current(engine)
-    except migrate.SchemaError as error:
+        require_current(engine)
+    except SchemaError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(os.EX_CONFIG) from None
     except OperationalError:  # a supervisor starts us again

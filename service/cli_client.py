@@ -1,4 +1,8 @@
-"""The commands of `pcrl` that use the REST API, as any other client would."""
+"""The commands of `pcrl` that use the REST API, as any other client would.
+
+Every `pcrl` process loads these modules for their signatures, a worker too: the client and the
+forms that it speaks in are loaded by the command that talks (`talk`).
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from service.client import ApiError, Client
 from service.formats import MaskFormat
-from service.schemas import Event, Run
+
+if TYPE_CHECKING:
+    from service.client import Client
+    from service.schemas import Event, Run
 
 console = Console()
 errors = Console(stderr=True)
@@ -325,6 +331,8 @@ def run_progress(title: str) -> Iterator[Callable[[Event], None]]:
 @contextmanager
 def talk(url: str, token: str) -> Iterator[Client]:
     """A client whose refusals end the command with one line."""
+    from service.client import ApiError, Client
+
     if not token:
         fail("no token: set PCRL_TOKEN or give --token (`pcrl token NAME` makes one)")
     try:

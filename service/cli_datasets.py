@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imaging.datasets import READERS, LayoutError, Options, read_layout
-from imaging.datasets.plan import Plan
 from service.cli_client import DEFAULT_URL, Secret, Url, console, errors, fail, talk
-from service.client import Client
-from service.dataset_import import Sent, check_held, make_dataset
-from service.dataset_import import send as send_plan
+
+if TYPE_CHECKING:
+    from imaging.datasets.plan import Plan
+    from service.client import Client
+    from service.dataset_import import Sent
 
 dataset_app = typer.Typer(help="Datasets: make, import.", no_args_is_help=True)
 
@@ -51,6 +52,8 @@ def import_folder(
     Every file that is not used is counted with the reason. Patients are split as the data set says,
     else by share.
     """
+    from service.dataset_import import make_dataset
+
     plan = _plan(kind, folder, Options(channel=channel))
     with talk(url, token) as client:
         sent = _send(client, plan)
@@ -65,6 +68,8 @@ def import_folder(
 
 
 def _plan(kind: str, folder: Path, options: Options) -> Plan:
+    from service.dataset_import import check_held
+
     if kind not in READERS:
         fail(f"no reader is called {kind}; there are {', '.join(READERS)}")
     try:
@@ -81,6 +86,8 @@ def _plan(kind: str, folder: Path, options: Options) -> Plan:
 
 
 def _send(client: Client, plan: Plan) -> Sent:
+    from service.dataset_import import send
+
     with Progress(
         TextColumn("upload"),
         BarColumn(),
@@ -89,4 +96,4 @@ def _send(client: Client, plan: Plan) -> Sent:
         console=errors,
     ) as progress:
         task = progress.add_task("upload", total=len(plan.cases))
-        return send_plan(client, plan, lambda done, _: progress.update(task, completed=done))
+        return send(client, plan, lambda done, _: progress.update(task, completed=done))

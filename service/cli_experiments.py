@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from service import schemas
 from service.cli_client import DEFAULT_URL, Secret, Url, console, fail, talk
-from service.client import Client
+
+if TYPE_CHECKING:
+    from service import schemas
+    from service.client import Client
 
 REPORT_FILES: dict[str, Literal["json", "markdown", "svg", "csv"]] = {
     "report.md": "markdown",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from service.cli_client import DEFAULT_URL, Secret, Url, console, fail, talk
-from service.client import Client
-from service.schemas import Project
+
+if TYPE_CHECKING:
+    from service.client import Client
+    from service.schemas import Project
 
 project_app = typer.Typer(help="Projects: make, look, rename, limit.", no_args_is_help=True)
 

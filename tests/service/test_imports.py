@@ -13,6 +13,10 @@ WEB = ("fastapi", "starlette", "uvicorn")
 NETWORKS = ("torch", "onnxruntime", "monai")
 SELDOM = ("alembic", "redis", "scipy.stats", "scipy.spatial")
 PROCESSES = {
+    "service.cli": (
+        *(*READERS, *NETWORKS, *SELDOM, *WEB, "scipy", "numpy", "celery", "sqlalchemy", "httpx"),
+        *("service.db", "service.schemas", "models.recipe"),
+    ),
     "service.app": (*READERS, *NETWORKS, *SELDOM, "scipy", "SimpleITK", "rich"),
     "service.upkeep": (*READERS, *NETWORKS, *SELDOM, *WEB, "scipy", "SimpleITK", "rich"),
     "service.worker": (*READERS, *NETWORKS, *SELDOM, *WEB, "scipy", "SimpleITK", "rich"),
