@@ -84,26 +84,42 @@ def sqlite_url(tmp_path: Path) -> str:
 class SharedPostgres:
     """One migrated database for many tests of a process, each of which finds it as a new one."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, admin: Engine) -> None:
+        self._admin = admin
+        self._name = f"pcrl_shared_{uuid.uuid4().hex}"
+        url = make_url(POSTGRES_URL).set(database=self._name)
+        self.url = url.render_as_string(hide_password=False)
+        self._engine = create_engine(url, poolclass=NullPool)
+        self._make()
+
+    def _make(self) -> None:
         from service import migrate
 
-        self.url = url
-        migrate.upgrade(url)
-        self._engine = create_engine(url, poolclass=NullPool)
+        with self._admin.connect() as connection:
+            connection.execute(text(f'CREATE DATABASE "{self._name}"'))
+        migrate.upgrade(self.url)
         metadata = MetaData()
         metadata.reflect(self._engine)
-        self._tables = [
-            table for name, table in metadata.tables.items() if name != "alembic_version"
-        ]
+        revisions = metadata.tables["alembic_version"]
+        metadata.remove(revisions)
+        self._tables = list(metadata.tables.values())
         with self._engine.connect() as connection:
+            self._revision = connection.scalar(select(revisions.c.version_num))
             self._rows = {
                 table: [dict(row) for row in connection.execute(select(table)).mappings()]
                 for table in self._tables
             }
 
+    def drop(self) -> None:
+        """Remove it, whoever is connected."""
+        with self._admin.connect() as connection:
+            connection.execute(text(f'DROP DATABASE IF EXISTS "{self._name}" WITH (FORCE)'))
+
     def renew(self) -> None:
         """Close what a test left open, and put the rows back that the migrations made."""
         with self._engine.begin() as connection:
+            revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
+            assert revision == self._revision, "a test that migrates has to ask for `unshared`"
             connection.execute(
                 text(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -128,13 +144,14 @@ class SharedPostgres:
 @pytest.fixture(scope="session")
 def shared_postgres(postgres_admin: Engine) -> Iterator[SharedPostgres]:
     """The migrated database of this process."""
-    name = f"pcrl_shared_{uuid.uuid4().hex}"
-    with postgres_admin.connect() as connection:
-        connection.execute(text(f'CREATE DATABASE "{name}"'))
-    url = make_url(POSTGRES_URL).set(database=name)
-    yield SharedPostgres(url.render_as_string(hide_password=False))
-    with postgres_admin.connect() as connection:
-        connection.execute(text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+    shared = SharedPostgres(postgres_admin)
+    yield shared
+    shared.drop()
+
+
+@pytest.fixture
+def unshared() -> None:
+    """For a test that changes tables: its database is no other's."""
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
@@ -143,7 +160,8 @@ def database_url(request: pytest.FixtureRequest) -> str:
 
     For a test that has it migrated at once (`engine`), PostgreSQL's is there already.
     """
-    if request.param == "postgresql" and "engine" in request.fixturenames:
+    asked = set(request.fixturenames)
+    if request.param == "postgresql" and "engine" in asked and "unshared" not in asked:
         shared: SharedPostgres = request.getfixturevalue("shared_postgres")
         shared.renew()
         return shared.url

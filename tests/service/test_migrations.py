@@ -13,6 +13,8 @@ from sqlalchemy import Engine, inspect, text
 from service import db, migrate, runs
 from service.db import connection
 
+pytestmark = pytest.mark.usefixtures("unshared")
+
 
 def differences(engine: Engine) -> list[object]:
     with engine.connect() as connection:

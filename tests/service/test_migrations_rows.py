@@ -17,6 +17,8 @@ from service import db, migrate
 from service.db import scope
 from service.stack import environment
 
+pytestmark = pytest.mark.usefixtures("unshared")
+
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
 
 
