@@ -67,13 +67,12 @@ class RealApi:
                 stderr=log,
             )
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/healthz", trust_env=False).status_code == 200:
-                    return
-            if self._process.poll() is not None:
-                break
-            time.sleep(0.05)
+        with httpx.Client(base_url=self.url, trust_env=False) as http:  # 40 ms of a processor each
+            while time.monotonic() < deadline and self._process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if http.get("/healthz").status_code == 200:
+                        return
+                time.sleep(0.05)
         raise RuntimeError(f"the API did not start; see {self.settings.data_dir / 'api.log'}")
 
     def wait(self, timeout_s: float) -> int:

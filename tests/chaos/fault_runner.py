@@ -7,12 +7,15 @@ A process of its own without threads, so that it may fork: it reads one case a l
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import sqlite3
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -20,15 +23,16 @@ from pathlib import Path
 from service import auth, celery_app, db, faults, idempotency, runs, tasks, upkeep, volumes
 from service.routers.answers import accepted
 from service.routers.deps import Once
-from service.runs import NewArtifact, NewVersion
-from service.settings import Settings
+from service.runs import NewArtifact, NewVersion, reaping, requests
+from service.settings import Settings, get_settings
 from service.storage import BlobCorrupt, Store
 from trainer import tasks as training
 
 KEY, PRINCIPAL = "key", auth.Principal("t", "t", auth.Role.ADMIN, "prj_default")
 FAST = {"lease_s": 0.6, "heartbeat_s": 0.05, "suspect_s": 0.05, "min_free_bytes": 0}
 TIMEOUT_S = 60.0
-runs.FIRST_REMINDER_S = runs.REMINDER_S = 0.1
+PAUSE_S = 0.1  # a fork costs as much processor time: most of a case is to wait for a lease
+requests.FIRST_REMINDER_S = reaping.FIRST_REMINDER_S = reaping.REMINDER_S = 0.1
 idempotency.ABANDONED_S = 0.5
 
 
@@ -45,11 +49,11 @@ class Case:
             while self.forked(self.upload) != 0 and time.monotonic() < deadline:
                 time.sleep(0.02)
         while self.forked(self.api) != 0 and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(PAUSE_S)
         while self.states() - {s.value for s in db.TERMINAL} and time.monotonic() < deadline:
             self.forked(self.worker)
             self.forked(self.upkeep)
-            time.sleep(0.02)
+            time.sleep(PAUSE_S)
         return self.found()
 
     def forked(self, role) -> int:
@@ -177,8 +181,24 @@ class Shown:
         return {"id": self.run_id}
 
 
+def warm_up(folder: Path) -> None:
+    """Play each kind here, unharmed: what is imported and mapped once need not be in every fork."""
+    for kind in ("segment", "bundle"):
+        own = folder / f"warm-{kind}"
+        shutil.copytree(folder / "template", own / "data")
+        case = Case(own, f"{kind}:none:{own / 'struck'}")
+        for role in (case.api, case.upkeep, case.worker):
+            role()
+        assert case.states() == {"succeeded"}
+        get_settings.cache_clear()
+    gc.collect()  # closes the connections
+    gc.freeze()  # and a fork shares what is left
+    assert threading.active_count() == 1
+
+
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
+    warm_up(Path(sys.argv[1]))
     for line in sys.stdin:
         case = json.loads(line)
         print(json.dumps(Case(Path(case["folder"]), case["fault"]).play()), flush=True)

@@ -52,7 +52,7 @@ class Runner:
         nib.save(nib.Nifti1Image(load.scan_of(1), np.eye(4)), folder / "scan.nii")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("PCRL_")}
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("fault_runner.py")],
+            [sys.executable, Path(__file__).with_name("fault_runner.py"), folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**inherited, "PYTHONPATH": str(ROOT)},

@@ -177,17 +177,18 @@ def parts(
 def wait_until_ready(parts: Parts, url: str) -> None:
     deadline = time.monotonic() + READY_S
     found = "no answer"
-    while time.monotonic() < deadline:
-        for name, process in parts.running.items():
-            assert process.poll() is None, f"{name} ended early\n{parts.log()}"
-        try:
-            answer = httpx.get(f"{url}/readyz", timeout=10)
-            if answer.status_code == 200:
-                return
-            found = answer.text
-        except httpx.TransportError:
-            pass
-        time.sleep(0.3)
+    with httpx.Client(timeout=10) as http:
+        while time.monotonic() < deadline:
+            for name, process in parts.running.items():
+                assert process.poll() is None, f"{name} ended early\n{parts.log()}"
+            try:
+                answer = http.get(f"{url}/readyz")
+                if answer.status_code == 200:
+                    return
+                found = answer.text
+            except httpx.TransportError:
+                pass
+            time.sleep(0.3)
     pytest.fail(f"not ready after {READY_S:.0f} s: {found}\n{parts.log()}")
 
 
