@@ -98,12 +98,12 @@ def die_with_parent() -> None:
 
 def classify(error: Exception) -> tuple[int, str, str]:
     """Exit status, code and detail of what ended a run."""
-    import torch
-
     if isinstance(error, TrainingError):
         return error.status, error.code, error.detail
     if isinstance(error, BundleError):
         return errors.BAD_INPUT, error.code, error.detail
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError):
         return errors.GPU_OUT_OF_MEMORY, "gpu_out_of_memory", _first_line(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):

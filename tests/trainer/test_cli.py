@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 
 from models import bundle
 from models.recipe import FinetuneRecipe, PretrainRecipe
+from trainer import __main__ as command
 from trainer import errors
-from trainer.__main__ import classify
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +30,35 @@ def trainer(*arguments: object) -> tuple[int, list[dict[str, Any]], str]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
-@pytest.mark.timeout(300)  # two trainings and two exports: 60 s on loaded cores
-def test_the_whole_way_from_a_shell(
+Here = Callable[..., tuple[int, list[dict[str, Any]], str]]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Here]:
+    """As `trainer`, in this process, which has torch at hand: for what no process of its own shows.
+
+    It does not die with whoever started the tests, and its handlers of signals go.
+    """
+    monkeypatch.setattr(command, "die_with_parent", lambda: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments: object) -> tuple[int, list[dict[str, Any]], str]:
+        status = command.main([*map(str, arguments), *MACHINE])
+        said = capsys.readouterr()
+        return status, [json.loads(line) for line in said.out.splitlines()], said.err
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.timeout(300)  # two trainings and three exports: 60 s on loaded cores
+def test_the_whole_way_from_a_shell_with_a_stop_in_the_middle(
     tmp_path: Path,
     scan_folder: Path,
     pretrain_recipe: PretrainRecipe,
     finetune_recipe: FinetuneRecipe,
+    here: Here,
 ) -> None:
     few = pretrain_recipe.model_copy(update={"num_steps": 40})
     (tmp_path / "pre.json").write_text(few.model_dump_json())
@@ -55,12 +79,12 @@ def test_the_whole_way_from_a_shell(
     process.stdout.close()
     stopped = process.wait()
     resumed, events, stderr = trainer(*arguments)
-    tuned, more, _ = trainer(
+    tuned, more, _ = here(
         "finetune", tmp_path / "fine.json", "--scans", scan_folder, "--out", fine,
         "--parent", pre / "bundle", "--run-id", "run-7",
     )  # fmt: skip
     newest = max((fine / "checkpoints").glob("best-*.pt"))
-    exported, _, _ = trainer("export", "--checkpoint", newest, "--out", tmp_path / "again")
+    exported, _, _ = here("export", "--checkpoint", newest, "--out", tmp_path / "again")
 
     assert stopped == 75 and rest[-1]["code"] == "preempted"
     assert resumed == 0, stderr
@@ -74,6 +98,18 @@ def test_the_whole_way_from_a_shell(
     assert manifest.lineage.run_id == "run-7" and len(manifest.lineage.loaded_keys) == 32
     assert any("dice_organ" in event.get("values", {}) for event in more)
     assert bundle.load(tmp_path / "again" / "bundle").lineage == manifest.lineage
+
+
+def test_a_bad_recipe_is_refused_before_the_seconds_that_torch_takes(tmp_path: Path) -> None:
+    code = "import sys; from trainer.__main__ import main; print(main(sys.argv[1:]), *sys.modules)"
+    arguments = ["pretrain", str(tmp_path / "absent.json"), "--scans", "x", "--out", "x"]
+
+    said = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ).stdout.split()
+
+    assert said[0] == str(errors.BAD_INPUT) and "trainer.launch" in said
+    assert "torch" not in said
 
 
 def test_a_bad_recipe_names_its_field(tmp_path: Path, scan_folder: Path) -> None:
@@ -103,11 +139,11 @@ def test_a_bad_plan_of_an_experiment_names_its_field(tmp_path: Path, scan_folder
         assert error["code"] == "bad_recipe" and error["detail"].startswith(f"{where}: ")
 
 
-def test_no_scans_is_bad_data(tmp_path: Path, pretrain_recipe: PretrainRecipe) -> None:
+def test_no_scans_is_bad_data(tmp_path: Path, pretrain_recipe: PretrainRecipe, here: Here) -> None:
     (tmp_path / "pre.json").write_text(pretrain_recipe.model_dump_json())
     (tmp_path / "empty").mkdir()
 
-    status, events, _ = trainer(
+    status, events, _ = here(
         "pretrain", tmp_path / "pre.json", "--scans", tmp_path / "empty", "--out", tmp_path / "out"
     )
 
@@ -132,7 +168,7 @@ def make_errors() -> list[tuple[Exception, int, str]]:
 
 @pytest.mark.parametrize(("error", "status", "code"), make_errors())
 def test_every_end_has_its_exit_status(error: Exception, status: int, code: str) -> None:
-    assert classify(error)[:2] == (status, code)
+    assert command.classify(error)[:2] == (status, code)
 
 
 def test_a_training_whose_supervisor_died_during_its_imports_ends_at_once(tmp_path):

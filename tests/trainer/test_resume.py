@@ -74,9 +74,10 @@ def kept(state: checkpoint.State) -> dict[str, Any]:
     return {name: state[name] for name in ("step", "method", "optimizer")}
 
 
+@pytest.mark.parametrize("num_kills", [6, pytest.param(20, marks=pytest.mark.nightly)])
 @pytest.mark.timeout(300)  # twenty starts, on a machine that may be busy
-def test_tr1_a_run_killed_at_20_random_steps_ends_bit_for_bit_as_an_uninterrupted_one(
-    tmp_path: Path, scan_folder: Path, pretrain_recipe: PretrainRecipe, report
+def test_tr1_a_run_killed_at_random_steps_ends_bit_for_bit_as_an_uninterrupted_one(
+    num_kills: int, tmp_path: Path, scan_folder: Path, pretrain_recipe: PretrainRecipe, report
 ) -> None:
     long = pretrain_recipe.model_copy(update={"num_steps": 40})
     recipe = tmp_path / "recipe.json"
@@ -88,7 +89,7 @@ def test_tr1_a_run_killed_at_20_random_steps_ends_bit_for_bit_as_an_uninterrupte
         )  # fmt: skip
     whole = checkpoint.load_newest(tmp_path / "whole" / "checkpoints")
     out = tmp_path / "killed"
-    kills = sorted(random.Random(7).sample(range(4, 38), 20))
+    kills = sorted(random.Random(7).sample(range(4, 38), num_kills))
 
     done = subprocess.run(
         [
@@ -104,7 +105,7 @@ def test_tr1_a_run_killed_at_20_random_steps_ends_bit_for_bit_as_an_uninterrupte
     pretrain.run(long, discover(scan_folder), out, report, device=CPU, should_stop=lambda: False)
 
     tries = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [attempt["status"] for attempt in tries] == [signal.SIGKILL] * 20
+    assert [attempt["status"] for attempt in tries] == [signal.SIGKILL] * num_kills
     assert not tries[0]["resumed"] and report.logs
     assert all(attempt["resumed"] for attempt in tries[1:])  # every kill came after a checkpoint
     losses = {step: values["loss"] for step, values in report.metrics}

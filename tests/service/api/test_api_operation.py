@@ -301,7 +301,9 @@ def test_a_run_says_where_it_stands_and_what_it_needs(own):
     assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(5, 20))]
+)
 def test_t_i1_fifty_equal_requests_at_once_create_one(api, world, seed):
     key = {"Idempotency-Key": f"{seed}-{uuid.uuid4().hex}"}
     body = {"name": f"T-I1 {seed}", "items": [{"volume_id": world.image}]}
