@@ -36,7 +36,7 @@ test: $(STAMP) ## Run the test suite, but for what `make nightly` runs
 nightly: $(STAMP) ## Run the tests that take long beside a shorter one of the same
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m nightly
 
-chaos: $(STAMP) ## 60 uploads under 8 random kills of every process (`make test` has 20 under 4)
+chaos: $(STAMP) ## 60 uploads under 8 random kills of every process (`make test` has 12 under 4)
 	$(BIN)/python -m benchmarks.chaos --uploads 60 --kills 8
 
 chaos-full: $(STAMP) ## 500 uploads under 50 kills, the embedded pair, every reliability test at length

@@ -62,7 +62,8 @@ def _run(stack: ChaosStack, args: argparse.Namespace) -> bool:
     began = time.monotonic()
     token = stack.start()
     load.register_model(stack.settings, stack.folder)
-    accepted, killer = load.Accepted(), Killer(stack, args.seed, only=args.only)
+    accepted = load.Accepted()
+    killer = Killer(stack, args.seed, only=args.only, trains=args.trainings > 0)
     until = began + args.timeout
     if args.freezes:
         accepted.gate = args.uploads / (args.freezes + 1)

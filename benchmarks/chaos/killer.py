@@ -24,10 +24,20 @@ WAIT_S = 15.0
 
 
 class Killer:
-    """Kills by a seeded plan: every kind of process in each round, in random order."""
+    """Kills by a seeded plan: every kind of process in each round, in random order.
 
-    def __init__(self, stack: ChaosStack, seed: int, *, only: str | None = None) -> None:
+    Args:
+        stack: Whose processes.
+        seed: Of the plan.
+        only: One kind alone.
+        trains: Whether there are trainings to kill, and to wait for.
+    """
+
+    def __init__(
+        self, stack: ChaosStack, seed: int, *, only: str | None = None, trains: bool = True
+    ) -> None:
         self._only = only
+        self._trains = trains
         self.stack = stack
         self.random = random.Random(seed)
         self.killed: Counter[str] = Counter()
@@ -40,11 +50,13 @@ class Killer:
         """Kill one process; its kind, or None if none of the kind came to life in time."""
         if not self._plan:
             kinds: tuple[str, ...] = EMBEDDED_TARGETS if self.stack.is_embedded else TARGETS
+            kinds = tuple(kind for kind in kinds if self._trains or kind != "training")
             kinds = (self._only,) if self._only is not None else kinds
             self._plan = self.random.sample(kinds, len(kinds))
         kind = self._plan.pop()
         deadline = time.monotonic() + (WAIT_S if self._only is None else 10 * WAIT_S)
-        while kind == "worker-train" and not self._trainings() and time.monotonic() < deadline:
+        waits = kind == "worker-train" and self._trains
+        while waits and not self._trainings() and time.monotonic() < deadline:
             time.sleep(0.05)  # better while it has something to lose
         deadline = time.monotonic() + WAIT_S
         while time.monotonic() < deadline:
