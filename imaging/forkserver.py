@@ -5,8 +5,8 @@ fork of one that has them costs milliseconds. The server itself never meets host
 with a bare environment, has one thread, and does nothing but fork, wait and tell. Its child takes
 the walls of `imaging.confine` upon itself before it opens the scan, as a fresh process would.
 
-What a fresh process had and a fork lacks is a memory layout of its own; so after a child that died
-of a signal the server is replaced, and who guesses at addresses guesses once (docs/adr/0016).
+What a fresh process had and a fork lacks is a memory layout of its own; so the server is replaced
+after a child that died of a signal, and after every `TASKS_OF_ONE` tasks (docs/adr/0016).
 
 Over the control socket goes, for each task, a length (4 bytes), JSON `{"arguments", "folder"}`, and
 three descriptors: the child's standard input, its standard output, and a socket on which the server
@@ -30,6 +30,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,13 +48,15 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 """All that a server and its children have as environment; a child has TMPDIR besides."""
+TASKS_OF_ONE = 256
+"""So many tasks a server does: an address that leaked serves no longer than that."""
 _NUM_DESCRIPTORS = 3
 _END_S = 10.0
 """How long a killed child, or a server without tasks, may take to end."""
 
 
 class ForkServer:
-    """The client's half; safe in threads, and in a process that was forked itself.
+    """The client's half; safe in threads.
 
     Args:
         module: Its `main` is what a child does.
@@ -60,11 +64,18 @@ class ForkServer:
 
     def __init__(self, module: str) -> None:
         self._module = module
-        self._lock = threading.Lock()
-        self._control: socket.socket | None = None
-        self._owner = 0
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._forget()
         atexit.register(self.close)
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """Begin anew: a process that was forked has neither its parent's server nor its threads."""
+        self._lock = threading.Lock()
+        if getattr(self, "_control", None) is not None:
+            self._control.close()
+        self._control: socket.socket | None = None
+        self._num_tasks = 0
+        self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> int:
         """Have it ready before the first task; returns the server's process id."""
@@ -75,28 +86,27 @@ class ForkServer:
     def run(
         self, arguments: Sequence[str], *, folder: Path, stdin: bytes, stdout: int, wall_s: float
     ) -> int:
-        """Have a child do one task; blocks until it has ended, whatever happens here.
+        """Have a child do one task; blocks until it has ended.
 
         Args:
             arguments: What the child's work is called with.
             folder: Its working directory, and its place for scratch.
             stdin: What it finds on its standard input; less than a pipe holds (64 KiB).
             stdout: Descriptor of a file that takes its output.
-            wall_s: Seconds that it may take.
+            wall_s: Seconds that it may take, with the server's start if it has to start.
 
         Returns:
             Its exit status; the negative number of the signal that ended it.
 
         Raises:
             TimeoutError: It took longer, and was killed.
-            OSError: The server could not be started, or ended under it.
+            OSError: The server could not be started, could not fork, or ended under it.
         """
         told, tell = socket.socketpair()
         with told:
+            task = {"arguments": list(arguments), "folder": str(folder)}
             with tell:
-                self._send(
-                    {"arguments": list(arguments), "folder": str(folder)}, stdin, stdout, tell
-                )
+                control = self._send(task, stdin, stdout, tell)
             told.settimeout(wall_s)
             try:
                 answer = told.recv(4)
@@ -107,44 +117,50 @@ class ForkServer:
                     told.recv(4)
                 raise
         if len(answer) < 4:
-            raise OSError("the fork server ended")
+            raise OSError("the fork server ended, or could not fork")
         status: int = struct.unpack("=i", answer)[0]
         if status < 0:
-            self.retire()
+            self._replace(control)
         return status
-
-    def retire(self) -> None:
-        """Take no further tasks to this server; it ends with its last child."""
-        with self._lock:
-            self._disconnect()
 
     def close(self) -> None:
         """End the server, and wait for its end; the next task starts another."""
         with self._lock:
             self._disconnect()
-            if self._owner != os.getpid():
-                self._processes.clear()
-            for process in self._processes:
-                try:
-                    process.wait(_END_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-            self._processes.clear()
+            processes, self._processes = self._processes, []
+        until = time.monotonic() + _END_S
+        for process in processes:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
-    def _send(self, task: dict[str, Any], stdin: bytes, stdout: int, tell: socket.socket) -> None:
-        """Hand a task over, to a new server if the one at hand is gone."""
+    def _replace(self, control: socket.socket) -> None:
+        """Take no further tasks to a server, which ends with its last child; start the next one."""
+        with self._lock:
+            if self._control is control:
+                self._disconnect()
+                self._connected()
+
+    def _send(
+        self, task: dict[str, Any], stdin: bytes, stdout: int, tell: socket.socket
+    ) -> socket.socket:
+        """Hand a task over, to a new server if the one at hand is gone; returns its socket."""
         text = json.dumps(task).encode()
         message = struct.pack("=I", len(text)) + text
         source, sink = os.pipe()
         try:
             with self._lock:
+                if self._num_tasks == TASKS_OF_ONE:
+                    self._disconnect()
                 descriptors = [source, stdout, tell.fileno()]
                 try:
-                    socket.send_fds(self._connected(), [message], descriptors)
+                    socket.send_fds(control := self._connected(), [message], descriptors)
                 except (BrokenPipeError, ConnectionResetError):
                     self._disconnect()
-                    socket.send_fds(self._connected(), [message], descriptors)
+                    socket.send_fds(control := self._connected(), [message], descriptors)
+                self._num_tasks += 1
             os.close(source)
             source = -1
             with contextlib.suppress(BrokenPipeError):
@@ -153,28 +169,29 @@ class ForkServer:
             os.close(sink)
             if source >= 0:
                 os.close(source)
+        return control
 
     def _connected(self) -> socket.socket:
-        if self._control is not None and self._owner == os.getpid():
+        if self._control is not None:
             return self._control
-        self._disconnect()
-        here, there = socket.socketpair()
-        with there:
-            process = subprocess.Popen(  # noqa: S603  # our own module
-                self._command(str(there.fileno())),
-                cwd="/",
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[there.fileno()],
-                start_new_session=True,
-            )
-        if self._owner != os.getpid():
-            self._processes.clear()  # its parent's
         self._processes = [old for old in self._processes if old.poll() is None]
+        here, there = socket.socketpair()
+        try:
+            with there:
+                process = subprocess.Popen(  # noqa: S603  # our own module
+                    self._command(str(there.fileno())),
+                    cwd="/",
+                    env=ENVIRONMENT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[there.fileno()],
+                    start_new_session=True,
+                )
+        except BaseException:
+            here.close()
+            raise
         self._processes.append(process)
-        self._control, self._owner = here, os.getpid()
+        self._control, self._num_tasks = here, 0
         return here
 
     def _command(self, descriptor: str) -> list[str]:
@@ -200,6 +217,7 @@ def serve(control: socket.socket, work: Work) -> None:
     wakes, waker = socket.socketpair()
     wakes.setblocking(False)
     waker.setblocking(False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})  # a parent's mask is inherited
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     children: dict[int, socket.socket] = {}
@@ -237,8 +255,14 @@ def _begin(
         selector.unregister(control)
         return False
     task, server = json.loads(text), os.getpid()
-    stdin, stdout, told = descriptors
-    pid = os.fork()
+    try:
+        stdin, stdout, told = descriptors
+        pid = os.fork()
+    except (OSError, ValueError):  # of processes or descriptors there are no more
+        traceback.print_exc()
+        for descriptor in descriptors:
+            os.close(descriptor)  # so its client reads an end, and no other task is hurt
+        return True
     if pid == 0:
         _be_the_child(task, stdin, stdout, work, server)
     os.close(stdin)
@@ -269,11 +293,13 @@ def _be_the_child(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no word of what was sent in reaches a log
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the other children's among them
         os.chdir(task["folder"])
         os.environ["TMPDIR"] = tempfile.tempdir = task["folder"]
-        status = work([f"--confine={server}", *task["arguments"]])
+        done = work([f"--confine={server}", *task["arguments"]])
         sys.stdout.flush()
+        status = done
     finally:
         os._exit(status)
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from sqlalchemy import delete
+from sqlalchemy import Engine, delete
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -33,10 +33,22 @@ PULSE_S = 2.5
 LOOK_EVERY_S = 15.0
 """How often the memory of a GPU is asked for."""
 
-_no_fork = threading.Lock()
-os.register_at_fork(
-    before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release
-)
+_beating = threading.Lock()
+_forks: list[bool] = []
+
+
+def _before_fork() -> None:
+    _beating.acquire()
+    _forks.append(True)
+
+
+def _after_fork() -> None:
+    if _forks:  # a signal's handler may have broken the wait off, and Python forks all the same
+        _forks.pop()
+        _beating.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
 def heartbeat_name(queue: str, pid: int) -> str:
@@ -78,10 +90,11 @@ class Pulse:
             self._thread.join(timeout=10.0)
 
     def _run(self, settings: Settings, queues: list[str]) -> None:
+        engine = connect(settings.database_url)
         names = {queue: heartbeat_name(queue, os.getpid()) for queue in queues}
         found, looked_at = look(settings), time.monotonic()
         while True:
-            with _between_forks("heartbeat", settings.database_url) as sessions:
+            with _between_forks("heartbeat", engine) as sessions:
                 for queue, name in names.items():
                     beat(sessions, name, queue, settings.device, found)
             if self._stop.wait(min(settings.heartbeat_s, PULSE_S)):
@@ -89,23 +102,25 @@ class Pulse:
             if time.monotonic() - looked_at > LOOK_EVERY_S:
                 found, looked_at = look(settings), time.monotonic()
         ended = delete(WorkerHeartbeat).where(WorkerHeartbeat.worker.in_(names.values()))
-        with (
-            _between_forks("last heartbeat", settings.database_url) as sessions,
-            sessions() as session,
-        ):
+        with _between_forks("last heartbeat", engine) as sessions, sessions() as session:
             session.execute(ended)
             session.commit()
+        engine.dispose()
 
 
 @contextlib.contextmanager
-def _between_forks(what: str, database_url: str) -> Iterator[sessionmaker[Session]]:
-    """Sessions whose connections end before this process forks; an absent database costs a beat."""
-    engine = connect(database_url)
-    try:
-        with _no_fork:
-            try:
-                yield sessions_of(engine)
-            finally:
+def _between_forks(what: str, engine: Engine) -> Iterator[sessionmaker[Session]]:
+    """Sessions during which this process does not fork; an absent database costs a beat.
+
+    On PostgreSQL a fork does no harm (psycopg leaves a parent's connection alone) and must not
+    wait for a server that is silent.
+    """
+    is_sqlite = engine.dialect.name == "sqlite"
+    with _beating if is_sqlite else contextlib.nullcontext():
+        try:
+            yield sessions_of(engine)
+        except SQLAlchemyError as error:
+            logger.warning("%s: %s", what, type(error).__name__)
+        finally:
+            if is_sqlite:
                 engine.dispose()
-    except SQLAlchemyError as error:
-        logger.warning("%s: %s", what, type(error).__name__)

@@ -27,6 +27,7 @@ FORMATS: tuple[Format, ...] = ("dicom-seg", "dicom-sr", "rtstruct")
 
 _server = ForkServer("imaging.results.__main__")
 _EXIT_NOT_CERTIFIED = 66
+_MAX_ANSWER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,11 @@ def _write_some(
     if status != 0:
         why = f"the writer ended with status {status}, by a limit or by a crash"
         return Results((), tuple(NotMade(form, "result_not_written", why) for form in formats))
-    answer = json.loads(output)
+    try:
+        answer = json.loads(output)
+    except ValueError:
+        why = "the writer's answer cannot be read"
+        return Results((), tuple(NotMade(form, "result_not_written", why) for form in formats))
     return Results(
         tuple(
             Written(one["format"], out_dir / one["name"], one["certificate"], tuple(one["notes"]))
@@ -160,4 +165,4 @@ def _run(paths: list[str], out_dir: Path, limits: Limits) -> tuple[int, bytes]:
         except TimeoutError:
             return -signal.SIGKILL, b""
         told.seek(0)
-        return status, told.read()
+        return status, told.read(_MAX_ANSWER_BYTES)

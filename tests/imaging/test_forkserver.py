@@ -21,10 +21,23 @@ def work(arguments):
     descriptors = os.listdir("/proc/self/fd")
     print(json.dumps([os.getpid(), confined, os.getcwd(), sys.stdin.read(), descriptors]))
     time.sleep(float(seconds))
+    if status == "crash":
+        os.abort()
     if status == "raise":
         raise RuntimeError
     return int(status)
 forkserver.serve(socket.socket(fileno=int(sys.argv[1])), work)
+"""
+
+FAILING = """
+import errno, os
+forks, real = [], os.fork
+def fork():
+    forks.append(1)
+    if len(forks) == 3:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+    return real()
+os.fork = fork
 """
 
 
@@ -122,17 +135,77 @@ def test_a_server_that_ends_under_a_task_is_an_error_and_not_a_hang(server, do):
         do(30.0)
 
 
-def test_a_retired_server_ends_with_its_last_child(server, do):
+def test_a_server_whose_child_crashed_ends_with_its_last_child(server, do):
     first = server.start()
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(do, 1.5, "7")
         assert wait_for(lambda: Path(f"/proc/{first}/task/{first}/children").read_text() != "")
-        server.retire()
+        assert do(status="crash")[0] == -signal.SIGABRT
+        second = server.start()
         assert do(status="8")[0] == 8
         assert slow.result()[0] == 7
 
-    assert server.start() != first
+    assert server.start() == second != first
     assert wait_for(lambda: "\nState:\tZ" in Path(f"/proc/{first}/status").read_text())
+
+
+def test_crashes_side_by_side_replace_their_server_once(server, do):
+    with ThreadPoolExecutor(4) as pool:
+        assert {code for code, _ in pool.map(lambda _: do(0.5, "crash"), range(4))} == {-6}
+
+    assert len(server._processes) <= 2
+
+
+def test_a_server_is_replaced_after_so_many_tasks(server, do, monkeypatch):
+    monkeypatch.setattr("imaging.forkserver.TASKS_OF_ONE", 3)
+    do()
+    pids = []
+    for _ in range(7):
+        pids.append(server.start())
+        assert do()[0] == 0
+
+    assert len(set(pids)) == 3
+    assert pids[0] == pids[1]
+
+
+def test_output_that_cannot_be_written_is_no_success(server, tmp_path):
+    with Path("/dev/full").open("wb") as full:
+        status = server.run(
+            ["0", "0"], folder=tmp_path, stdin=b"", stdout=full.fileno(), wall_s=30.0
+        )
+
+    assert status == 1
+
+
+def test_a_fork_that_fails_costs_its_own_task_alone(server, do, monkeypatch):
+    monkeypatch.setattr(
+        server, "_command", lambda fd: [sys.executable, "-c", FAILING + PROGRAM, fd]
+    )
+    with ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(do, 2.0, "7") for _ in range(2)]
+        assert wait_for(lambda: len(children_of(server.start())) == 2)
+        with pytest.raises(OSError, match="could not fork"):
+            do()
+        assert [one.result()[0] for one in slow] == [7, 7]
+    assert do()[0] == 0
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_a_forked_client_has_a_server_of_its_own(server, do):
+    assert do()[0] == 0
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if do()[0] == 0 and server.start() else 2
+            server.close()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert do()[0] == 0
 
 
 def test_nothing_is_left_after_the_end(server, do):

@@ -1,6 +1,7 @@
 """A worker's listening process beats in SQLite and forks the process that works: both in one."""
 
 import os
+import socket
 import threading
 import time
 
@@ -102,3 +103,19 @@ def test_an_absent_database_costs_a_beat_and_not_the_thread(tmp_path):
     assert a_pulse._thread.is_alive()
     a_pulse.stop()
     assert not a_pulse._thread.is_alive()
+
+
+def test_a_silent_postgresql_holds_up_no_fork(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql+psycopg://nobody@127.0.0.1:{silent.getsockname()[1]}/none"
+        a_pulse = pulse.Pulse()
+        a_pulse.start(Settings(data_dir=tmp_path, database_url=url, device="cpu"), ["inference"])
+        there, _ = silent.accept()  # the beat waits for an answer
+        begin = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        assert exit_status(pid) == 0
+        assert time.monotonic() - begin < 5
+        there.close()
+    a_pulse.stop()
