@@ -64,6 +64,7 @@ class ForkServer:
 
     def __init__(self, module: str) -> None:
         self._module = module
+        self._control: socket.socket | None = None
         self._forget()
         atexit.register(self.close)
         os.register_at_fork(after_in_child=self._forget)
@@ -71,9 +72,7 @@ class ForkServer:
     def _forget(self) -> None:
         """Begin anew: a process that was forked has neither its parent's server nor its threads."""
         self._lock = threading.Lock()
-        if getattr(self, "_control", None) is not None:
-            self._control.close()
-        self._control: socket.socket | None = None
+        self._disconnect()
         self._num_tasks = 0
         self._processes: list[subprocess.Popen[bytes]] = []
 
