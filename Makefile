@@ -7,6 +7,9 @@ DATA ?=
 LABELS ?=
 PORT ?= 8000
 
+# Compiled sources are kept: the product starts a dozen processes, each of which would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test nightly chaos chaos-full up check format bench clean
 
