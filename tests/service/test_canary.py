@@ -147,7 +147,7 @@ class Searched:
 
 
 class Watch:
-    """Command lines and environments of all processes but this one, seen every few milliseconds."""
+    """Command lines and environments of all processes but this one, seen twenty times a second."""
 
     def __init__(self) -> None:
         self.seen: set[bytes] = set()
@@ -163,7 +163,7 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(0.02):
+        while not self._stop.wait(0.05):
             for process in Path("/proc").iterdir():
                 if process.name.isdecimal() and process.name != str(
                     threading.main_thread().native_id

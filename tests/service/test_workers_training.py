@@ -76,7 +76,12 @@ def script(tmp_path):
     return path
 
 
-@pytest.fixture(params=["embedded", pytest.param("servers", marks=pytest.mark.services)])
+@pytest.fixture(
+    params=[
+        pytest.param("embedded", marks=pytest.mark.nightly),
+        pytest.param("servers", marks=pytest.mark.services),
+    ]
+)
 def settings(request, tmp_path):
     """Short leases; SQLite and the folder broker, or PostgreSQL and Redis."""
     servers = {}
@@ -87,7 +92,7 @@ def settings(request, tmp_path):
         }
     settings = Settings(
         data_dir=tmp_path / "data",
-        lease_s=4.0,
+        lease_s=2.5,
         heartbeat_s=0.4,
         suspect_s=0.5,
         dispatch_interval_s=0.2,
