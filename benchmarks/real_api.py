@@ -15,6 +15,7 @@ from typing import Self
 
 import httpx
 
+from benchmarks.chaos.processes import descendants
 from service import auth, db, migrate
 from service.settings import Settings
 from service.stack import environment
@@ -122,8 +123,11 @@ class Growth:
 
 
 def processor_s(pid: int) -> float:
-    """Processor time of a process and of its children that have ended, in s (proc(5), stat)."""
-    text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
-    fields = text.rpartition(") ")[2].split()
-    ticks = sum(int(field) for field in fields[11:15])  # utime, stime, cutime, cstime
+    """Processor time of a process and of what it started, alive or ended, in s (proc(5), stat)."""
+    ticks = 0
+    for one in (pid, *descendants(pid)):
+        with contextlib.suppress(OSError):  # it has just ended
+            fields = Path(f"/proc/{one}/stat").read_text(encoding="ascii").rpartition(") ")[2]
+            times = fields.split()[11:15]  # utime, stime, cutime, cstime
+            ticks += sum(int(time) for time in times)
     return ticks / os.sysconf("SC_CLK_TCK")

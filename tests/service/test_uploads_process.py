@@ -142,6 +142,11 @@ def test_the_measure_sees_memory_that_was_given_back():
     assert grown > 90
 
 
+DEAR = "gzip of 200,000 members"
+"""It takes a reader 1.7 s."""
+assert DEAR in hostile.BOMBS
+
+
 @pytest.mark.parametrize("name", sorted(hostile.BOMBS))
 def test_t_h1_bombs_end_soon_with_a_4xx_and_cost_the_api_no_memory(api, tmp_path, name):
     """In processor time, which neighbours on the machine do not change; alone, by the clock too."""
@@ -161,7 +166,8 @@ def test_t_h1_bombs_end_soon_with_a_4xx_and_cost_the_api_no_memory(api, tmp_path
         f"processor {cpu_s:.1f} s, memory +{watched.mib:.1f} MiB"
     )
     assert caught.value.status in (413, 422)
-    assert 0 < cpu_s < 10  # 2 s on quiet cores
+    assert cpu_s < 10  # 4 s at most on quiet cores
+    assert name != DEAR or cpu_s > 0.5  # the control: what a reader takes is seen
     assert wall_s < 30
     assert watched.mib < 64
 
