@@ -38,9 +38,13 @@ POLL_S = 0.02
 """Pause between looks into the embedded broker's folder; half of it is a request's delay."""
 
 
+ONE_MORE_TRY = {"max_retries": 1, "interval_start": 0.0, "interval_step": 0.0}
+"""A request does not wait for a broker that refuses: kombu would try for six seconds."""
+
+
 @lru_cache(maxsize=8)
-def make_app(settings: Settings) -> Celery:
-    """A Celery application for these settings."""
+def make_app(settings: Settings, *, sends: bool = False) -> Celery:
+    """A Celery application for these settings: one that works, or one that only sends."""
     app = Celery("pcrl", set_as_current=False)
     app.conf.update(
         **_broker(settings),
@@ -60,6 +64,8 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
     )
+    if sends:
+        app.conf.broker_transport_options |= ONE_MORE_TRY
     return app
 
 
@@ -80,7 +86,7 @@ def ring(run_id: str, queue: str, *, settings: Settings | None = None) -> bool:
     Returns:
         Whether the broker took the message.
     """
-    app = make_app(settings or get_settings())
+    app = make_app(settings or get_settings(), sends=True)
     faults.point("publish.before")
     try:
         app.send_task(TASK_OF[queue], [run_id], queue=queue, expires=MESSAGE_LIFE_S)

@@ -276,7 +276,13 @@ REAL = [
 ]
 
 
-@pytest.mark.parametrize(("name", "series_end"), REAL, ids=[f"{n}{e or ''}" for n, e in REAL])
+@pytest.mark.parametrize(
+    ("name", "series_end"),
+    [
+        pytest.param(n, e, id=f"{n}{e or ''}", marks=[pytest.mark.nightly] * ("chaos" in n))
+        for n, e in REAL  # the largest takes as long as the others together
+    ],
+)
 def test_the_judge_finds_no_error_in_results_of_real_series(
     series, data, tmp_path, name, series_end
 ):

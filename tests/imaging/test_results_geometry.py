@@ -63,10 +63,17 @@ def highdicom_reads(path) -> tuple[np.ndarray, np.ndarray]:
     return volume.array, np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine
 
 
+def by_day_and_night(name: str, affines) -> list:
+    """Every second one by day."""
+    night = pytest.mark.nightly
+    return [
+        pytest.param(affine, id=f"{name}{number}", marks=[night] * (number % 2))
+        for number, affine in enumerate(affines)
+    ]
+
+
 @pytest.mark.parametrize(
-    "affine",
-    [*all_48(), *obliques(12)],
-    ids=[*(f"axes{n}" for n in range(48)), *(f"oblique{n}" for n in range(12))],
+    "affine", by_day_and_night("axes", all_48()) + by_day_and_night("oblique", obliques(12))
 )
 def test_a_corner_stays_in_its_corner(series, tmp_path, affine):
     labels = corners()

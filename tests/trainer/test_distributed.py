@@ -131,6 +131,7 @@ def test_two_ranks_under_torchrun_are_one_process_with_the_joined_batch(
     assert (folder / "two" / "bundle" / "model.onnx").is_file()
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_piece_of_the_joining_that_is_left_out_is_noticed(
     folder: Path, scan_folder: Path, alone

@@ -61,6 +61,7 @@ def forms(out: Path) -> dict[str, str]:
     return {name: (out / name).read_text() for name in FORMS}
 
 
+@pytest.mark.nightly
 def test_a_study_stopped_anywhere_ends_with_the_same_table(
     tmp_path: Path, target: Path, plan: Plan, report, without_onnx
 ) -> None:
