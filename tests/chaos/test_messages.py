@@ -75,7 +75,7 @@ def test_t_c11_a_worker_whose_clock_is_two_hours_ahead_still_hears_the_bell(
     own_redis, settings_of, service_of, quick_tasks, workers, tmp_path, monkeypatch
 ):
     settings = settings_of(broker_url=f"redis://127.0.0.1:{own_redis.port}/0")
-    app = celery_app.make_app(settings)
+    app = celery_app.make_app(settings, sends=True)
     behind = datetime.now(UTC) - timedelta(hours=2)  # the sender's clock, seen from the worker
     monkeypatch.setattr(app, "now", lambda: behind)
     service = service_of(settings, upkeeps=False)  # nobody rings again
