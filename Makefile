@@ -34,10 +34,10 @@ up: $(STAMP) ## Start the embedded stack until Ctrl-C
 	$(BIN)/pcrl up --port $(PORT)
 
 test: $(STAMP) ## Run the test suite, but for what `make nightly` runs
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not nightly"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not nightly"
 
 nightly: $(STAMP) ## Run the tests that take long beside a shorter one of the same
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m nightly
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m nightly
 
 chaos: $(STAMP) ## 60 uploads under 8 random kills of every process (`make test` has 12 under 4)
 	$(BIN)/python -m benchmarks.chaos --uploads 60 --kills 8

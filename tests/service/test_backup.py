@@ -102,7 +102,7 @@ def reopened(settings: Settings) -> Site:
     return opened[-1]
 
 
-@pytest.mark.parametrize("name", ["backup", "backup.tar"])
+@pytest.mark.parametrize("name", ["backup.tar", pytest.param("backup", marks=pytest.mark.nightly)])
 def test_t_o3_under_load_nothing_acknowledged_before_is_lost(site, elsewhere, tmp_path, name):
     for number in range(20):
         site.done(number)

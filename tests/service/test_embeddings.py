@@ -302,6 +302,11 @@ def test_the_migration_takes_in_what_there_is_and_goes_down_with_rows(database_u
     engine.dispose()
 
 
+@pytest.mark.parametrize(
+    "database_url",
+    ["sqlite", pytest.param("postgresql", marks=[pytest.mark.services, pytest.mark.nightly])],
+    indirect=True,
+)
 def test_ten_thousand_vectors_are_searched_in_bounded_memory(session):
     vectors = random_vectors(10_000, 512)  # 20 MiB, of which a block is 4 MiB
     for start in range(0, 10_000, 1000):

@@ -62,6 +62,11 @@ def test_an_empty_database_is_not_current(database_url):
     engine.dispose()
 
 
+@pytest.mark.parametrize(
+    "database_url",
+    [pytest.param("sqlite", marks=pytest.mark.nightly), "postgresql"],
+    indirect=True,
+)
 def test_several_processes_may_migrate_at_once(database_url):
     with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(migrate.upgrade, [database_url] * 3))

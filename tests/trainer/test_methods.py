@@ -157,6 +157,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert not equal(whole["method"], train(recipe, scan_folder, tmp_path / "short", 2)["method"])
 
 
+BY_DAY = next(iter(TINY))
+
+
 @functools.cache
 def chest() -> NDArray[np.float16]:
     """A real chest CT at 3 mm, air 0 and bone 1."""
@@ -166,7 +169,9 @@ def chest() -> NDArray[np.float16]:
     return ((hounsfield.clip(-1000, 1000) + 1000) / 2000).astype(np.float16)
 
 
-@pytest.mark.parametrize("case", TINY)
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=[pytest.mark.nightly] * (one != BY_DAY)) for one in TINY]
+)
 def test_a_short_run_lowers_the_loss_on_a_real_ct(case: str) -> None:
     recipe = tiny(case)
     volumes = Resident.of([chest()], fill=[0], at_least=(24, 24, 16), device=CPU)

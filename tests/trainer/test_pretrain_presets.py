@@ -50,7 +50,14 @@ def method_state(
     return whole
 
 
-@pytest.mark.parametrize("preset", ["paper", "official", "recommended"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param("paper", marks=pytest.mark.nightly),
+        pytest.param("official", marks=pytest.mark.nightly),
+        "recommended",
+    ],
+)
 def test_an_interrupted_run_ends_as_one_that_was_not(
     scan_folder: Path, tmp_path: Path, report, preset: str
 ) -> None:

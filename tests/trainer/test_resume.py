@@ -74,7 +74,7 @@ def kept(state: checkpoint.State) -> dict[str, Any]:
     return {name: state[name] for name in ("step", "method", "optimizer")}
 
 
-@pytest.mark.parametrize("num_kills", [6, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.nightly)])
 @pytest.mark.timeout(300)  # twenty starts, on a machine that may be busy
 def test_tr1_a_run_killed_at_random_steps_ends_bit_for_bit_as_an_uninterrupted_one(
     num_kills: int, tmp_path: Path, scan_folder: Path, pretrain_recipe: PretrainRecipe, report
