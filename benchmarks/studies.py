@@ -213,6 +213,8 @@ def main() -> int:
     plan = study.plan()
     if asked.seeds is not None:
         plan["seeds"] = asked.seeds
+    if asked.ratios is not None:
+        plan["ratios"] = asked.ratios
     Plan.model_validate(plan)
     (asked.out / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
     command = [sys.executable, "-m", "trainer", "experiment", str(asked.out / "plan.json")]
@@ -232,6 +234,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", help="of labelled patients; again with more adds"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
