@@ -106,6 +106,7 @@ def until(stack: Stack, condition, *, timeout_s: float = 240.0):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(500)  # two whole experiments
 @pytest.mark.slow
 def test_an_experiment_whose_worker_and_api_are_killed_ends_with_the_same_table(stack, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
