@@ -21,6 +21,7 @@
     image2d        one 2D image: PNG, JPEG, radiograph
     intake         whatever was sent (a file, a zip, a folder) to one volume
     kinds          what a scan is meant to be
+    forkserver     a loaded process that forks a child for each task
     sandbox        the intake in a child process with limits
     resample       separable linear resampling between axis-parallel grids
     geometry       the certificate that a mask lies on its source grid

@@ -40,8 +40,8 @@ Work = Callable[[Sequence[str]], int]
 """What a child does: its arguments to its exit status."""
 
 ENVIRONMENT = {
-    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),  # -I would ignore it, and the source
-    # tree is not installed
+    # -I would ignore it, and a source tree may not be installed
+    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
     "PYTHONDONTWRITEBYTECODE": "1",
     "LC_ALL": "C.UTF-8",
     "OPENBLAS_NUM_THREADS": "1",  # every BLAS thread reserves address space; a fork has but one
