@@ -117,7 +117,7 @@ STUDIES: Mapping[str, Study] = {
             "preprocessing": _MR,
             "method": {"name": "pcrl", "preset": "recommended", "queue_size": 512},
             "crops": _SMALL,
-            "num_steps": 150,
+            "num_steps": 300,
             "batch_size": 4,
             "learning_rate": 0.01,
             "checkpoint_every": 75,
@@ -127,6 +127,7 @@ STUDIES: Mapping[str, Study] = {
         finetune={
             "kind": "finetune",
             "labels": {"anterior": 1, "posterior": 2},
+            "class_weights": {"anterior": 10, "posterior": 10},
             "network": _WIDTH,
             "preprocessing": _MR,
             "patch_size": [32, 48, 32],
