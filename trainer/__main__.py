@@ -219,7 +219,7 @@ def _experiment(args: argparse.Namespace, report: Report, stop: _StopSignal) -> 
         torch.set_num_threads(args.threads)
     found = experiment.run(
         plan, args.source, args.target, args.out, report,
-        device=_device(args.device), should_stop=stop, retry=args.retry,
+        device=_device(args.device), should_stop=stop, weights=args.weights, retry=args.retry,
     )  # fmt: skip
     if failed := [key for key, one in found.items() if one.state == "failed"]:
         raise TrainingError(
@@ -325,6 +325,10 @@ def _add_experiment(command: argparse.ArgumentParser) -> None:
     command.add_argument("--source", type=Path, required=True, help="scans to pretrain on")
     command.add_argument("--target", type=Path, required=True, help="labelled scans")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument(
+        "--weights", type=Path, action="append", default=[],
+        help="of ImageNet, for methods that take them; once for each file",
+    )  # fmt: skip
     command.add_argument("--retry", action="store_true", help="do failed trainings again")
     _add_common(command)
 

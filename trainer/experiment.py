@@ -17,21 +17,22 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from models import bundle
 from models.bundle import BundleError
 from models.experiment import render
 from models.experiment.cases import FILE, CaseResults
 from models.experiment.curve import svg
 from models.experiment.plan import AnyFinetune, Cell, Plan, cells, recipe_of
 from models.experiment.report import Outcome, build
-from models.recipe import PretrainRecipe, PretrainRecipe2d
-from trainer import finetune, folder, pretrain
+from models.recipe import ImageNet, PretrainRecipe, PretrainRecipe2d
+from trainer import finetune, folder, imagenet, pretrain
 from trainer.data.held_out import without_held_out
 from trainer.data.scan_set import ScanSet
 from trainer.data.scans import discover
@@ -54,6 +55,8 @@ class _Setting:
     report: Report
     device: torch.device
     should_stop: ShouldStop
+    weights: Mapping[str, Path]
+    """The file of each method that takes its weights from one."""
 
 
 def run(
@@ -65,6 +68,7 @@ def run(
     *,
     device: torch.device,
     should_stop: ShouldStop,
+    weights: Sequence[Path] = (),
     retry: bool = False,
 ) -> dict[str, Outcome]:
     """Do what is left of a plan and write the report, of what is done if it is stopped.
@@ -78,19 +82,22 @@ def run(
         report: Where progress goes.
         device: Where to compute.
         should_stop: Asked after every step; true ends the call with a checkpoint.
+        weights: Files for methods `imagenet`; `sha256` of a recipe tells which of several is its.
         retry: Do trainings again that failed in an earlier call.
 
     Returns:
         What has become of each cell, by key; a training that failed leaves the others alone.
 
     Raises:
-        DataError: Scans that no cell could use, a target without test scans, or an output folder
-            of another plan (`resume_mismatch`).
+        DataError: Scans that no cell could use, a target without test scans, an output folder of
+            another plan (`resume_mismatch`), or weights that are missing or do not fit a method
+            (`bad_weights`). Nothing has begun then.
         Preempted: Stopped on request.
         DiskFullError: No room.
     """
+    files = _weights(plan, weights, out)
     unlabelled, labelled = _scans(plan, source, target, report)
-    setting = _Setting(plan, unlabelled, labelled, out, report, device, should_stop)
+    setting = _Setting(plan, unlabelled, labelled, out, report, device, should_stop, files)
     if retry:
         for failure in (out / CELLS).rglob(FAILED):
             failure.unlink()
@@ -147,6 +154,31 @@ def _scans(plan: Plan, source: Path, target: Path, report: Report) -> tuple[Scan
             "by content",
         )
     return kept.scans, labelled
+
+
+def _weights(plan: Plan, paths: Sequence[Path], out: Path) -> dict[str, Path]:
+    """The file of each method `imagenet`, read once to see that it fits.
+
+    A method whose encoder has been made needs none; one that is given must be the one it was of.
+    """
+    files = imagenet.by_digest(paths)
+    chosen = {}
+    for cell in cells(plan):
+        recipe, made = recipe_of(plan, cell), out / CELLS / cell.key / folder.BUNDLE
+        if not isinstance(recipe, PretrainRecipe2d) or not isinstance(recipe.method, ImageNet):
+            continue
+        if made.exists() and not files:
+            continue
+        try:
+            digest = imagenet.choose(recipe.method, files)
+            imagenet.load_encoder(recipe, files[digest])
+        except DataError as error:
+            raise DataError(error.code, f"method {cell.method}: {error.detail}") from error
+        if made.exists() and bundle.load(made).lineage.parent_digest != digest:
+            detail = f"method {cell.method}: its encoder was made of another file"
+            raise DataError("resume_mismatch", detail)
+        chosen[cell.method] = files[digest]
+    return chosen
 
 
 def _work_through(setting: _Setting) -> None:
@@ -206,6 +238,11 @@ def _train(setting: _Setting, cell: Cell, place: Path) -> None:
         "should_stop": setting.should_stop,
         "cache": setting.out / folder.CACHE,
     }
+    if cell.kind == "pretrain" and cell.method in setting.weights:
+        del common["should_stop"]  # nothing is trained
+        file = setting.weights[cell.method]
+        imagenet.run(recipe, file, setting.source, place, setting.report, **common)
+        return
     if isinstance(recipe, PretrainRecipe | PretrainRecipe2d):
         pretrain.run(recipe, setting.source, place, setting.report, **common)
         return

@@ -7,6 +7,7 @@ lineage, with the file's SHA-256 as the parent's digest.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.bundle import sha256_of
-from models.networks.resnet_unet2d import ResNet18Encoder, load_torchvision_resnet18
+from models.networks.resnet_unet2d import (
+    ResNet18Encoder,
+    Taken,
+    load_torchvision_resnet18,
+)
 from models.recipe import ImageNet, PretrainRecipe2d
 from trainer import export, folder
 from trainer.build import build_encoder
@@ -56,12 +61,7 @@ def run(
     if (done := folder.finished(out, recipe, report)) is not None:
         return done
     digest = _digest(weights, recipe.method.sha256)
-    encoder = build_encoder(recipe)
-    assert isinstance(encoder, ResNet18Encoder)
-    try:
-        taken = load_torchvision_resnet18(encoder, read_weights(weights))
-    except ValueError as error:
-        raise DataError("bad_weights", str(error)) from error
+    encoder, taken = load_encoder(recipe, weights)
     report.log("info", f"{len(taken.taken)} keys taken; not taken: {', '.join(taken.left) or '-'}")
     spec, chosen = recipe.preprocessing, scans.of("train")
     images = load_images(chosen, spec, cache or out / folder.CACHE, report, device)
@@ -75,6 +75,47 @@ def run(
         "skipped_keys": list(taken.left),
     }
     return export.publish(state, out / folder.BUNDLE, report, chosen, device=device)
+
+
+def load_encoder(recipe: PretrainRecipe2d, weights: Path) -> tuple[ResNet18Encoder, Taken]:
+    """The recipe's encoder with the weights of a file, and what became of the file's keys.
+
+    Raises:
+        DataError: `bad_weights`: the file is no ResNet-18, or does not fit the recipe's width.
+    """
+    encoder = build_encoder(recipe)
+    assert isinstance(encoder, ResNet18Encoder)
+    try:
+        return encoder, load_torchvision_resnet18(encoder, read_weights(weights))
+    except ValueError as error:
+        raise DataError("bad_weights", str(error)) from error
+
+
+def choose(recipe: ImageNet, files: Mapping[str, Path]) -> str:
+    """The digest of the file that a recipe means, of several by their SHA-256.
+
+    Raises:
+        DataError: `bad_weights`: none of the files is meant, or it is not told which.
+    """
+    if not files:
+        raise DataError("bad_weights", "it takes its weights from a file: --weights FILE")
+    if recipe.sha256 is not None:
+        if recipe.sha256 not in files:
+            found = ", ".join(files)
+            raise DataError("bad_weights", f"the recipe says {recipe.sha256}, found {found}")
+        return recipe.sha256
+    if len(files) > 1:
+        raise DataError("bad_weights", "several files are given; `sha256` tells which is meant")
+    return next(iter(files))
+
+
+def by_digest(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by their SHA-256.
+
+    Raises:
+        DataError: `bad_weights`: one is not there.
+    """
+    return {_digest(path, None): path for path in paths}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

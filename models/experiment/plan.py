@@ -1,6 +1,7 @@
 """What an experiment asks for, and the trainings (its cells) that it takes.
 
-    pretrain/METHOD[/SEED]          one a method and seed (or one a method), on the source
+    pretrain/METHOD[/SEED]          one a method and seed (or one a method), on the source;
+                                    one where no seed changes it (`imagenet`)
     finetune/METHOD/RATIO/SEED      from that encoder, or from random weights, on the target
 
 All cells of one seed share their labelled patients, and a smaller ratio's lie in a larger one's;
@@ -53,6 +54,11 @@ class Method(Part):
     """How its encoder is made; None trains from scratch."""
     learning_rate: PositiveFloat | None = None
     """Of its fine-tuning, where it was tuned apart; None is the fine-tuning's own."""
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it starts from an encoder that another seed would have made another."""
+        return self.pretrain is not None and self.pretrain.method.is_random
 
 
 class Budget(Part):
@@ -124,9 +130,8 @@ def cells(plan: Plan) -> tuple[Cell, ...]:
             for method in plan.methods:
                 parent = None
                 if method.pretrain is not None:
-                    before = _pretraining(
-                        method.name, seed if plan.pretrain_per == "seed" else None
-                    )
+                    is_per_seed = plan.pretrain_per == "seed" and method.is_drawn
+                    before = _pretraining(method.name, seed if is_per_seed else None)
                     pretrainings.setdefault(before.key, before)
                     parent = before.key
                 key = f"finetune/{method.name}/{ratio_name(ratio)}/{seed}"

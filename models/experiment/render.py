@@ -40,7 +40,7 @@ def markdown(report: Report, *, curve: str | None = None) -> str:
         "",
         f"Pretrained on {_plain(report.source)} (once a method {per}each), fine-tuned on "
         f"{_plain(report.target)} with seeds {seeds}; {report.num_cases} test cases of "
-        f"{report.num_patients} patients, the same for all. "
+        f"{report.num_patients} patients, the same for all. {_not_drawn(report.plan)}"
         f"{MEASURES[report.measure]} in percent, mean over seeds.",
         *_caveat(report.plan),
         "",
@@ -124,10 +124,15 @@ def _paper_table(report: Report) -> list[str]:
     ]
 
 
+def _not_drawn(plan: Plan) -> str:
+    """Which methods start from an encoder that nothing was trained for."""
+    names = [one.name for one in plan.methods if one.pretrain is not None and not one.is_drawn]
+    return f"Weights from a file, the same for all seeds: {', '.join(names)}. " if names else ""
+
+
 def _caveat(plan: Plan) -> list[str]:
     """What a study of one encoder a method cannot say."""
-    is_pretrained = any(method.pretrain is not None for method in plan.methods)
-    if plan.pretrain_per == "seed" or not is_pretrained:
+    if plan.pretrain_per == "seed" or not any(method.is_drawn for method in plan.methods):
         return []
     return [
         "",

@@ -218,8 +218,8 @@ def _untested(plan: Plan, methods: Sequence[str], seeds: Sequence[int]) -> Untes
     """Why a comparison over these seeds says nothing of the methods, if so."""
     if len(seeds) < 2:
         return "single_seed"
-    is_pretrained = any(plan.method(name).pretrain is not None for name in methods)
-    return "single_pretraining" if is_pretrained and plan.pretrain_per == "method" else None
+    is_drawn = any(plan.method(name).is_drawn for name in methods)
+    return "single_pretraining" if is_drawn and plan.pretrain_per == "method" else None
 
 
 def _best_two(plan: Plan, points: Sequence[Point]) -> list[tuple[str, str, float]]:

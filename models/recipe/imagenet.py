@@ -22,6 +22,11 @@ class ImageNet(MethodRecipe):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Of the file that is meant; another one is refused. None takes any."""
 
+    @property
+    def is_random(self) -> bool:
+        """The encoder is what the file says."""
+        return False
+
     def num_groups(self, batch_size: int) -> int:
         """There is nothing to share out."""
         return 1

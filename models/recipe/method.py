@@ -31,6 +31,11 @@ class MethodRecipe(Part):
         return cls.DEFAULTS
 
     @property
+    def is_random(self) -> bool:
+        """Whether another seed makes another encoder."""
+        return True
+
+    @property
     def trains_decoder(self) -> bool:
         """Whether the network has a decoder, which is then exported with the encoder."""
         return False

@@ -69,6 +69,29 @@ def test_a_plan_is_a_pretraining_a_method_and_seed_and_a_finetuning_a_method_rat
     assert len(once) == 1 + 2 * 2 * 3
 
 
+def test_what_no_seed_changes_is_made_once_and_compared_as_it_is():
+    """ImageNet's weights come from a file; the control is a pretraining in its place."""
+    network = {"kind": "resnet18_unet2d"}
+    fields = {"kind": "pretrain", "network": network}
+    finetune = {"kind": "classify", "network": network, "labels": ["a"]}
+    told = {}
+    for name in ("imagenet", "pcrl"):
+        arm = {"name": "arm", "pretrain": {**fields, "method": {"name": name}}}
+        methods = [arm, {"name": "scratch"}]
+        keys = {cell.key for cell in cells(plan(methods=methods, finetune=finetune))}
+        once = plan(methods=methods, finetune=finetune, ratios=[0.1], pretrain_per="method")
+        found = report(once, outcomes(once))
+        told[name] = (
+            {key for key in keys if key.startswith("pretrain")},
+            [one.untested for one in found.comparisons],
+            "pretrained once" in render.markdown(found),
+        )
+
+    assert told["imagenet"] == ({"pretrain/arm"}, [None], False)
+    seeds = {f"pretrain/arm/{seed}" for seed in (0, 1, 2)}
+    assert told["pcrl"] == (seeds, ["single_pretraining"], True)
+
+
 def test_cells_of_a_seed_differ_by_method_and_share_everything_else():
     asked = plan(budget={"pretrain_steps": 7, "finetune_steps": 9})
     by_key = {cell.key: recipe_of(asked, cell) for cell in cells(asked)}

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from imaging import nifti
+from models.networks.resnet_unet2d import ResNet18Encoder, _torchvision_name
 from models.recipe import FinetuneRecipe, PretrainRecipe
 from trainer import export
 from trainer.data.resident import Resident
@@ -120,6 +122,17 @@ def finetune_recipe() -> FinetuneRecipe:
             "log_every": 1,
         }
     )
+
+
+@pytest.fixture(scope="session")
+def resnet18() -> dict[str, Tensor]:
+    """Random values under torchvision's names, with its classifier: what a user's file holds."""
+    torch.manual_seed(0)
+    own = {
+        _torchvision_name(name): torch.rand_like(value, dtype=torch.float32).to(value.dtype)
+        for name, value in ResNet18Encoder(3, 64).state_dict().items()
+    }
+    return {**own, "fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
 
 
 World = tuple[Pcrl, Callable[[int], Views]]

@@ -185,3 +185,27 @@ def test_a_training_whose_supervisor_died_during_its_imports_ends_at_once(tmp_pa
     ]
 
     assert statuses == [-9, errors.BAD_INPUT]
+
+
+def test_an_experiments_weights_reach_the_method_that_takes_them(
+    tmp_path: Path, scan_folder: Path, here: Here
+) -> None:
+    network = {"kind": "resnet18_unet2d"}
+    pretrain = {"kind": "pretrain", "network": network, "method": {"name": "imagenet"}}
+    finetune = {"kind": "classify", "network": network, "labels": ["a"]}
+    plan = {"methods": [{"name": "others", "pretrain": pretrain}], "finetune": finetune}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "text.pth").write_text("no tensors")
+    asked = [
+        "experiment", tmp_path / "plan.json", "--source", scan_folder, "--target", scan_folder,
+        "--out", tmp_path / "out",
+    ]  # fmt: skip
+
+    for more, said in (
+        ([], "others: it takes its weights from a file"),
+        (["--weights", tmp_path / "text.pth"], "others: neither safetensors nor a state dict"),
+    ):
+        status, events, _ = here(*asked, *more)
+        assert status == errors.BAD_INPUT and events[-1]["code"] == "bad_weights"
+        assert events[-1]["detail"].startswith(f"method {said}")
+    assert not (tmp_path / "out").exists()

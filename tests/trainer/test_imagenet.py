@@ -1,6 +1,5 @@
 """ImageNet's weights from a file: taken key by key, and what was not taken is told."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from models import bundle
 from models.bundle import sha256_of
-from models.networks.resnet_unet2d import ResNet18Encoder, _torchvision_name
 from models.recipe import PretrainRecipe, PretrainRecipe2d
 from trainer import imagenet, methods
 from trainer.data.scans import discover
@@ -24,17 +22,6 @@ CPU = torch.device("cpu")
 RECIPE = PretrainRecipe2d.model_validate(
     {"preprocessing": {"size": 32}, "crops": {"input_size": 32}, "method": {"name": "imagenet"}}
 )
-
-
-@functools.cache
-def weights() -> dict[str, Tensor]:
-    """Random values under torchvision's names, with its classifier."""
-    torch.manual_seed(0)
-    own = {
-        _torchvision_name(name): torch.rand_like(value, dtype=torch.float32).to(value.dtype)
-        for name, value in ResNet18Encoder(3, 64).state_dict().items()
-    }
-    return {**own, "fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
 
 
 @pytest.fixture
@@ -55,28 +42,28 @@ def run(path: Path, films: Path, report: Any, **method: Any) -> Path:
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_the_bundle_holds_the_files_weights_and_tells_every_key(
-    suffix: str, films: Path, tmp_path: Path, report, without_onnx
+    suffix: str, films: Path, tmp_path: Path, resnet18: dict[str, Tensor], report, without_onnx
 ) -> None:
     path = tmp_path / f"resnet18.{suffix}"
-    (torch.save if suffix == "pth" else save_file)(weights(), path)
+    (torch.save if suffix == "pth" else save_file)(resnet18, path)
 
     folder = run(path, films, report, sha256=sha256_of(path))
 
     lineage = bundle.load(folder).lineage
     assert lineage.parent_digest == sha256_of(path) and lineage.num_steps == 0
     assert lineage.skipped_keys == ("fc.bias", "fc.weight")
-    assert {*lineage.loaded_keys, *lineage.skipped_keys} == weights().keys()
+    assert {*lineage.loaded_keys, *lineage.skipped_keys} == resnet18.keys()
     assert any("fc.bias, fc.weight" in message for _, message in report.logs)
     kept = load_file(folder / bundle.WEIGHTS)
-    assert torch.equal(kept["encoder.stem.conv.weight"], weights()["conv1.weight"])
+    assert torch.equal(kept["encoder.stem.conv.weight"], resnet18["conv1.weight"])
     assert all(name.startswith("encoder.") for name in kept)
 
 
 def test_a_file_that_is_no_resnet18_or_another_one_is_refused(
-    films: Path, tmp_path: Path, report
+    films: Path, tmp_path: Path, resnet18: dict[str, Tensor], report
 ) -> None:
     path = tmp_path / "some.pth"
-    lacks = {name: value for name, value in weights().items() if name != "conv1.weight"}
+    lacks = {name: value for name, value in resnet18.items() if name != "conv1.weight"}
     torch.save(lacks, path)
     with pytest.raises(DataError, match="it has no conv1"):
         run(path, films, report)
