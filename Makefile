@@ -39,7 +39,7 @@ test: $(STAMP) ## Run the test suite, but for what `make nightly` runs
 nightly: $(STAMP) ## Run the tests that take long beside a shorter one of the same
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m nightly
 
-chaos: $(STAMP) ## 60 uploads under 8 random kills of every process (`make test` has 12 under 4)
+chaos: $(STAMP) ## 60 uploads under 8 random kills of every process, at most two leases to drain (`make test` runs them too)
 	$(BIN)/python -m benchmarks.chaos --uploads 60 --kills 8
 
 chaos-full: $(STAMP) ## 500 uploads under 50 kills, the embedded pair, every reliability test at length

@@ -15,11 +15,14 @@ import sys
 import time
 from typing import Any
 
+import torch._dynamo
+
 import trainer.finetune
 import trainer.pretrain
 from trainer.__main__ import main
 
-assert trainer.finetune and trainer.pretrain  # all that `main` imports, once
+assert trainer.finetune and trainer.pretrain  # all that `main` imports, once;
+assert torch._dynamo  # and what the first optimizer does
 
 
 def attempt(arguments: list[str], kill_at: int, delay_s: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -102,12 +103,68 @@ def difference(ours: checkpoint.State, theirs: checkpoint.State) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
 
 
+def distance(run: Path, state: checkpoint.State) -> float:
+    """`difference` of a run's last state from another."""
+    last = checkpoint.load_newest(run / "checkpoints")
+    assert last is not None and last["step"] == STEPS
+    return difference(last, state)
+
+
+def train_forked(folder: Path, scans: Path, out: Path, *left_out: str) -> list[str]:
+    """Two forked ranks, once for each piece of the joining that they do without."""
+    script = Path(__file__).with_name("joined_ranks.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder / "recipe.json"), str(scans), str(out), *left_out],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def assert_equal(
+    two: checkpoint.State | None,
+    said: Sequence[str],
+    state: checkpoint.State,
+    losses: dict[int, dict[str, float]],
+) -> None:
+    """What two ranks said and left is what one process with the joined batch did."""
+    events = [json.loads(line) for line in said]
+    found = {e["step"]: parts(e["values"]) for e in events if e["event"] == "metric"}
+    assert found.keys() == losses.keys() == set(range(1, STEPS + 1))
+    for step, values in losses.items():
+        assert found[step] == pytest.approx(values, rel=TOLERANCE)
+    assert two is not None and two["step"] == STEPS
+    assert difference(two, state) < TOLERANCE
+    assert torch.equal(two["method"]["queue.pointer"], state["method"]["queue.pointer"])
+    assert two["fingerprint"].endswith("2 processes")
+
+
+@pytest.fixture(scope="module")
+def forked(folder: Path, scan_folder: Path) -> tuple[list[str], Path]:
+    """What two ranks said, first whole and then without the joined queue; and their folder."""
+    return train_forked(folder, scan_folder, folder, "nothing", "queue"), folder
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_are_one_process_with_the_joined_batch(forked, alone) -> None:
+    said, out = forked
+
+    two = checkpoint.load_newest(out / "nothing" / "checkpoints")
+    assert_equal(two, said[: len(said) // 2], *alone)
+
+
+@pytest.mark.timeout(300)
+def test_a_queue_that_is_not_joined_is_noticed(forked, alone) -> None:
+    _, out = forked
+
+    assert distance(out / "queue", alone[0]) > 10 * TOLERANCE
+
+
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_two_ranks_under_torchrun_are_one_process_with_the_joined_batch(
     folder: Path, scan_folder: Path, alone
 ) -> None:
-    state, losses = alone
-
     done = subprocess.run(
         [
             *TORCHRUN, "-m", "trainer", "pretrain", str(folder / "recipe.json"),
@@ -117,39 +174,22 @@ def test_two_ranks_under_torchrun_are_one_process_with_the_joined_batch(
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    found = {e["step"]: parts(e["values"]) for e in events if e["event"] == "metric"}
-    assert found.keys() == losses.keys() == set(range(1, STEPS + 1))
-    for step, values in losses.items():
-        assert found[step] == pytest.approx(values, rel=TOLERANCE)
-    two = checkpoint.load_newest(folder / "two" / "checkpoints")
-    assert two is not None and two["step"] == STEPS
-    assert difference(two, state) < TOLERANCE
-    assert torch.equal(two["method"]["queue.pointer"], state["method"]["queue.pointer"])
-    assert two["fingerprint"].endswith("2 processes")
-    assert sum(event["event"] == "result" for event in events) == 1
+    said = done.stdout.splitlines()
+    assert_equal(checkpoint.load_newest(folder / "two" / "checkpoints"), said, *alone)
+    assert sum(json.loads(line)["event"] == "result" for line in said) == 1
     assert (folder / "two" / "bundle" / "model.onnx").is_file()
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_piece_of_the_joining_that_is_left_out_is_noticed(
-    folder: Path, scan_folder: Path, alone
+    folder: Path, scan_folder: Path, alone, tmp_path: Path
 ) -> None:
-    state, _ = alone
-    script = Path(__file__).with_name("control_ranks.py")
+    pieces = ("norm", "shuffle", "gradients")
 
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / "recipe.json"), str(scan_folder), str(folder)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    train_forked(folder, scan_folder, tmp_path, *pieces)
 
-    assert done.returncode == 0, done.stderr
-    off = {}
-    for piece in ("norm", "queue", "shuffle", "gradients"):
-        without = checkpoint.load_newest(folder / piece / "checkpoints")
-        assert without is not None and without["step"] == STEPS
-        off[piece] = difference(without, state)
+    off = {piece: distance(tmp_path / piece, alone[0]) for piece in pieces}
     assert min(off.values()) > 10 * TOLERANCE, off
 
 

@@ -6,6 +6,7 @@ Every response that passes through `Api` must have a status that its operation d
 import io
 import json
 import re
+import shutil
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import func, select
+from sqlalchemy import func, make_url, select
 from starlette.testclient import TestClient
 
 from imaging.phantom import make, write_pair
@@ -34,7 +35,7 @@ from models.recipe import (
     PretrainRecipe2d,
     UNet3d,
 )
-from service import auth, db, migrate, registry, runs
+from service import auth, db, registry, runs
 from service.app import create_app
 from service.auth import Role
 from service.settings import Settings
@@ -152,14 +153,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+def api(tmp_path_factory: pytest.TempPathFactory, newest_sqlite: Path) -> Iterator[Api]:
     """The app over its own data folder, with a token for each role."""
-    yield from _serve(tmp_path_factory.mktemp("api"))
+    yield from _serve(tmp_path_factory.mktemp("api"), newest_sqlite)
 
 
-def _serve(folder: Path, **options: Any) -> Iterator[Api]:
+def _serve(folder: Path, newest: Path, **options: Any) -> Iterator[Api]:
     settings = Settings(data_dir=folder, min_free_bytes=0, **options)
-    migrate.upgrade(settings.database_url)
+    path = make_url(settings.database_url).database
+    assert path is not None and not Path(path).exists()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(newest, path)
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as http:
         with app.state.sessions() as session:
@@ -334,12 +338,12 @@ def register(
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Any]:
+def serve(tmp_path: Path, newest_sqlite: Path) -> Iterator[Any]:
     """Makes an app of a test's own, with settings of its own."""
     running: list[Iterator[Api]] = []
 
     def start(**options: Any) -> Api:
-        served = _serve(tmp_path / str(len(running)), **options)
+        served = _serve(tmp_path / str(len(running)), newest_sqlite, **options)
         running.append(served)
         return next(served)
 

@@ -1,17 +1,19 @@
-"""Train in two ranks with one piece of the joining left out, to see that a test notices.
+"""Train in two ranks, whole or with one piece of the joining left out to see that a test notices.
 
-    python control_ranks.py RECIPE SCANS OUT    the last state of each goes to OUT/PIECE
+    python joined_ranks.py RECIPE SCANS OUT PIECE...    the last state of each goes to OUT/PIECE
 
 Forks the second rank, which is faster than importing torch twice.
 """
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch._dynamo  # the optimizer loads it: once here, not in each rank
 from torch import Tensor
 
 from models.recipe import PretrainRecipe
@@ -35,6 +37,7 @@ def own_gradients(losses: Callable[..., object], trained: object, normalised: to
 
 
 PIECES = {
+    "nothing": nullcontext(),
     "norm": patch.object(joined_norm, "join", lambda module: None),
     "queue": patch.object(distributed, "concatenate", own_rows),
     "shuffle": patch.object(distributed, "share", in_drawn_order),
@@ -42,17 +45,18 @@ PIECES = {
 }
 
 
-def main(recipe: str, scans: str, out: str) -> int:
+def main(recipe: str, scans: str, out: str, pieces: Sequence[str]) -> int:
     asked = PretrainRecipe.model_validate_json(Path(recipe).read_bytes())
     torch.set_num_threads(1)
     os.environ |= {"WORLD_SIZE": "2", launch.RENDEZVOUS: f"file://{out}/ranks"}
     other = os.fork()
     os.environ["RANK"] = "0" if other else "1"
+    report = JsonLines() if other else Follower(JsonLines())
     with distributed.group("cpu") as device:
-        for name, left_out in PIECES.items():
-            with left_out, patch.object(pretrain.export, "publish"):
+        for name in pieces:
+            with PIECES[name], patch.object(pretrain.export, "publish"):
                 pretrain.run(
-                    asked, discover(Path(scans)), Path(out) / name, Follower(JsonLines()),
+                    asked, discover(Path(scans)), Path(out) / name, report,
                     device=device, should_stop=lambda: False,
                 )  # fmt: skip
     if not other:
@@ -61,4 +65,4 @@ def main(recipe: str, scans: str, out: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:4], sys.argv[4:]))
