@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, MpoImagePlugin
 
 from imaging.dicom2d import luminance, read_radiograph
 from imaging.dicom_file import looks_like_dicom
@@ -24,6 +24,8 @@ from imaging.nifti import is_nifti
 
 Format = Literal["png", "jpeg", "dicom"]
 
+Image.preinit()  # with MPO all that Pillow would load with a picture: a confined reader could not
+assert MpoImagePlugin
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _GREY_MODES = {"1", "L", "I", "I;16", "I;16B"}
 _COLOUR_MODES = {"RGB", "YCbCr", "CMYK", "P"}

@@ -1,8 +1,8 @@
-"""Whatever was sent in, to one volume.
+"""Whatever was sent in, to one volume or one 2D image.
 
 Formats are told by content, never by name. As a program, `python -m imaging.intake PATH --out DIR
---kind image`, it is what `imaging.sandbox` runs behind limits: it writes `DIR/volume.nii` and
-prints one JSON object, the report or the error.
+--kind image`, it is what `imaging.sandbox` runs behind limits: it writes `DIR/volume.nii` (of a 2D
+image `DIR/image.png`) and prints one JSON object, the report or the error.
 
 Axes: volumes are (I, J, K) in RAS+; `Scan.source` keeps the grid of the files.
 """
@@ -13,14 +13,15 @@ import argparse
 import errno
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from imaging import dicom, nifti, volume_files
+from imaging import dicom, grey_png, nifti, volume_files
 from imaging.archive import is_zip, open_members
 from imaging.confine import confine
 from imaging.deidentify import deidentify_upload
@@ -28,13 +29,15 @@ from imaging.dicom_file import quiet
 from imaging.dicom_voxels import Source
 from imaging.errors import ScanError
 from imaging.identity import Policy, Pseudonyms
-from imaging.kinds import EXIT_BAD_SCAN, EXIT_CANNOT_WRITE, Kind
+from imaging.image2d import Image2d, read_image
+from imaging.kinds import EXIT_BAD_SCAN, EXIT_CANNOT_WRITE, FILE_OF, Kind, VolumeKind
 from imaging.limits import MAX_MEMBERS
 from imaging.slices import Slices
 from imaging.volume import Array, Grid, Volume
 from imaging.volume_files import SNIFF_BYTES, Form
 
 _ROUNDING = 1e-3  # labels stored as 0.99999997 exist
+_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _FOREIGN = {b"\x89HDF": "HDF5 (MINC 2)", b"CDF\x01": "MINC"}
 _EXPECTED = "NIfTI, NRRD, MetaImage or DICOM"
 _SYSTEM_FAULTS = {errno.ENOENT, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EFBIG}
@@ -66,7 +69,7 @@ class Scan:
 
 
 def read_scan(
-    path: Path, *, kind: Kind, series_uid: str | None = None, beside: Path | None = None
+    path: Path, *, kind: VolumeKind, series_uid: str | None = None, beside: Path | None = None
 ) -> Scan:
     """Read a NIfTI, NRRD, MetaImage or DICOM file, a zip of files, or a folder.
 
@@ -84,12 +87,20 @@ def read_scan(
         ScanError: Any code of `docs/architecture.md`.
     """
     may_resample = kind == "image"
-    try:
+    with _nothing_but_scan_errors():
         if beside is None:
             scan = _read(path, series_uid, may_resample)
         else:
             scan = _from_many([path, beside], series_uid, may_resample)
         voxels = _as_labels(scan.volume.voxels) if kind == "labels" else _as_image(scan.volume)
+    return replace(scan, volume=Volume(voxels, scan.volume.affine))
+
+
+@contextmanager
+def _nothing_but_scan_errors() -> Iterator[None]:
+    """Whatever a reader raises is the scan's fault, but for faults of the system."""
+    try:
+        yield
     except ScanError:
         raise
     except MemoryError as error:
@@ -98,7 +109,6 @@ def read_scan(
         if isinstance(error, OSError) and error.errno in _SYSTEM_FAULTS:
             raise
         raise ScanError("not_a_scan", f"the reader gave up ({type(error).__name__})") from error
-    return replace(scan, volume=Volume(voxels, scan.volume.affine))
 
 
 def _read(path: Path, series_uid: str | None, may_resample: bool) -> Scan:
@@ -117,6 +127,8 @@ def _read(path: Path, series_uid: str | None, may_resample: bool) -> Scan:
         return _from_files([path], [form], series_uid, may_resample)
     if not start:
         raise ScanError("not_a_scan", "the file is empty")
+    if start.startswith(_PICTURES):
+        raise ScanError("not_three_dimensional", "a PNG or JPEG picture; its kind is image_2d")
     if start[:4] in _FOREIGN:
         raise ScanError("unsupported_format", f"found {_FOREIGN[start[:4]]}; expected {_EXPECTED}")
     raise ScanError("not_a_scan", f"neither {_EXPECTED}, nor a zip of them")
@@ -200,8 +212,28 @@ def _as_labels(voxels: Array) -> Array:
     return labels
 
 
-def report_of(scan: Scan) -> dict[str, Any]:
-    """The facts of a scan, JSON-able; the voxels themselves are in `volume.nii`."""
+def read(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan | Image2d:
+    """What was sent in, as the kind that it is meant to be.
+
+    Raises:
+        ScanError: As `read_scan` or `image2d.read_image`; `no_such_series` where a series is named
+            of a 2D image, which is one file.
+    """
+    if kind != "image_2d":
+        return read_scan(path, kind=kind, series_uid=series_uid)
+    if series_uid is not None:
+        raise ScanError("no_such_series", "a 2D image is one file; there is no series to choose")
+    with _nothing_but_scan_errors():
+        form = volume_files.form_of(path)
+        if form not in (None, "dicom"):
+            raise ScanError("not_two_dimensional", f"found {form}; expected one image in one file")
+        return read_image(path)
+
+
+def report_of(scan: Scan | Image2d) -> dict[str, Any]:
+    """The facts of a scan, JSON-able; the voxels themselves are in another file (`write`)."""
+    if isinstance(scan, Image2d):
+        return grey_png.report_of(scan)
     return {
         "shape": scan.volume.shape,
         "spacing_mm": scan.volume.spacing_mm,
@@ -221,6 +253,14 @@ def report_of(scan: Scan) -> dict[str, Any]:
     }
 
 
+def write(path: Path, scan: Scan | Image2d) -> None:
+    """Write what every later reader opens instead of what was sent in."""
+    if isinstance(scan, Image2d):
+        grey_png.write_png(path, scan.pixels)
+    else:
+        nifti.write(path, scan.volume.voxels, scan.volume.affine)
+
+
 def _slices_record(scan: Scan) -> dict[str, Any]:
     """The way back to the slices that were sent; `imaging.slices.slices_of` reads it."""
     assert scan.slices is not None
@@ -228,11 +268,11 @@ def _slices_record(scan: Scan) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read PATH under the limits given, write `volume.nii`, print the report."""
+    """Read PATH under the limits given, write what is kept of it, print the report."""
     parser = argparse.ArgumentParser(prog="python -m imaging.intake", description=main.__doc__)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="existing folder for volume.nii")
-    parser.add_argument("--kind", choices=("image", "labels"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="existing folder")
+    parser.add_argument("--kind", choices=tuple(FILE_OF), required=True)
     parser.add_argument("--series", help="SeriesInstanceUID to read")
     parser.add_argument("--memory-bytes", type=int, help="limit of the address space")
     parser.add_argument("--cpu-s", type=int, help="limit of processor time")
@@ -256,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with quiet():
             scan, answer = _scan_and_report(options)
-        nifti.write(options.out / "volume.nii", scan.volume.voxels, scan.volume.affine)
+        write(options.out / FILE_OF[options.kind], scan)
         status = 0
     except ScanError as error:
         answer, status = _problem(error), EXIT_BAD_SCAN
@@ -270,9 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _scan_and_report(options: argparse.Namespace) -> tuple[Scan, dict[str, Any]]:
+def _scan_and_report(options: argparse.Namespace) -> tuple[Scan | Image2d, dict[str, Any]]:
     if not options.deidentify:
-        scan = read_scan(options.path, kind=options.kind, series_uid=options.series)
+        scan = read(options.path, kind=options.kind, series_uid=options.series)
         return scan, report_of(scan)
     wish = json.load(sys.stdin)
     return read_without_identity(
@@ -293,13 +333,13 @@ def read_without_identity(
     series_uid: str | None,
     names: Pseudonyms,
     policy: Policy,
-) -> tuple[Scan, dict[str, Any]]:
+) -> tuple[Scan | Image2d, dict[str, Any]]:
     """Write `out_dir/original`, the upload without identities, and read the scan from it.
 
     Args:
         path: What was sent in.
         out_dir: Existing folder.
-        kind: As of `read_scan`.
+        kind: As of `read`.
         series_uid: As it was sent, or as it is mapped.
         names: Gives pseudonyms.
         policy: What the site wants.
@@ -309,13 +349,13 @@ def read_without_identity(
         the mapped `series_uid` that was asked for.
 
     Raises:
-        ScanError: As `read_scan`; `burned_in_annotation`; `unsupported_format` for what can be
+        ScanError: As `read`; `burned_in_annotation`; `unsupported_format` for what can be
             read and not be cleaned.
     """
     cleaned = deidentify_upload(path, out_dir / "original", names, policy)
     if cleaned is None:
         try:
-            read_scan(path, kind=kind, series_uid=series_uid)  # says what is wrong with it
+            read(path, kind=kind, series_uid=series_uid)  # says what is wrong with it
         except ScanError as error:
             error.extra = _mapped(error.extra, names)
             raise
@@ -323,7 +363,7 @@ def read_without_identity(
     if series_uid is not None:
         series_uid = cleaned.series_named(series_uid, names)
     try:
-        scan = read_scan(cleaned.path, kind=kind, series_uid=series_uid)
+        scan = read(cleaned.path, kind=kind, series_uid=series_uid)
     except ScanError as error:
         files = cleaned.explained(error.extra.pop("files", []))  # type: ignore[arg-type]
         error.extra = cleaned.as_sent(error.extra) | ({"files": files} if files else {})

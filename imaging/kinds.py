@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["image", "labels"]
+VolumeKind = Literal["image", "labels"]
+Kind = Literal[VolumeKind, "image_2d"]
+FILE_OF: dict[Kind, str] = {
+    "image": "volume.nii",
+    "labels": "volume.nii",
+    "image_2d": "image.png",
+}
+"""What the intake writes."""
 
 EXIT_BAD_SCAN = 65
 EXIT_CANNOT_WRITE = 74

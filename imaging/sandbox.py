@@ -21,8 +21,8 @@ import numpy as np
 from imaging.errors import ScanError
 from imaging.forkserver import ForkServer
 from imaging.identity import Policy, Pseudonyms
-from imaging.kinds import EXIT_BAD_SCAN, Kind
-from imaging.volume import Grid, Shape, Spacing
+from imaging.kinds import EXIT_BAD_SCAN, FILE_OF, Kind
+from imaging.volume import Grid
 
 _server = ForkServer("imaging.intake")
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -44,13 +44,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class IntakeReport:
-    """What the intake found; the canonical volume lies at `volume_path`."""
+    """What the intake found; what is kept of it lies at `volume_path` (`kinds.FILE_OF`).
+
+    A 2D image has a shape (rows, columns) and no geometry: the spacing and the affines are empty.
+    """
 
     volume_path: Path
-    shape: Shape
-    spacing_mm: Spacing
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
     affine: list[list[float]]
-    source_shape: Shape
+    source_shape: tuple[int, ...]
     source_affine: list[list[float]]
     modality: str
     format: str
@@ -73,8 +76,9 @@ class IntakeReport:
 
     @property
     def source(self) -> Grid:
-        """The grid of the files."""
-        return Grid(self.source_shape, np.asarray(self.source_affine, dtype=np.float64))
+        """The grid of the files of a volume."""
+        i, j, k = self.source_shape
+        return Grid((i, j, k), np.asarray(self.source_affine, dtype=np.float64))
 
 
 def run_intake(
@@ -90,7 +94,8 @@ def run_intake(
 
     Args:
         path: The file or folder that was sent in.
-        out_dir: Existing folder for `volume.nii` (canonical RAS+, uncompressed) and scratch.
+        out_dir: Existing folder for what is kept (`volume.nii`, canonical RAS+, uncompressed; of a
+            2D image `image.png`) and for scratch.
         kind: What the scan is meant to be.
         series_uid: Which DICOM series, where there are several.
         limits: What the child may take.
@@ -123,7 +128,7 @@ def run_intake(
     if len(output) > _MAX_REPORT_BYTES:
         raise ScanError("too_large", f"its report has more than {_MAX_REPORT_BYTES} bytes")
     try:
-        return _report(status, output, out_dir)
+        return _report(status, output, out_dir, FILE_OF[kind])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ScanError("not_a_scan", "the reader's report cannot be read") from error
 
@@ -160,7 +165,7 @@ def _wish(identity: tuple[Pseudonyms, Policy] | None) -> bytes:
     return json.dumps({"key": names.key.hex(), "policy": asdict(policy)}).encode()
 
 
-def _report(status: int, output: bytes, out_dir: Path) -> IntakeReport:
+def _report(status: int, output: bytes, out_dir: Path, file: str) -> IntakeReport:
     if status == EXIT_BAD_SCAN:
         error = json.loads(output)["error"]
         raise ScanError(error["code"], error["detail"], error["extra"])
@@ -174,4 +179,4 @@ def _report(status: int, output: bytes, out_dir: Path) -> IntakeReport:
     for name in ("shape", "spacing_mm", "source_shape"):
         report[name] = tuple(report[name])
     original = out_dir / "original" if report.get("deidentified") else None
-    return IntakeReport(volume_path=out_dir / "volume.nii", original_path=original, **report)
+    return IntakeReport(volume_path=out_dir / file, original_path=original, **report)

@@ -46,16 +46,19 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def upload(
-    paths: Annotated[list[Path], typer.Argument(help="NIfTI, DICOM file or zip of DICOM.")],
-    kind: Annotated[Literal["image", "labels"], typer.Option(help="What the file holds.")] = (
-        "image"
-    ),
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="NIfTI, zip of DICOM; with --kind image_2d PNG, JPEG, DICOM."),
+    ],
+    kind: Annotated[
+        Literal["image", "labels", "image_2d"], typer.Option(help="What the file is.")
+    ] = "image",
     subject: Annotated[str | None, typer.Option(help="Pseudonym of the patient.")] = None,
     series_uid: Annotated[str | None, typer.Option(help="Which series of several.")] = None,
     url: Url = DEFAULT_URL,
     token: Secret = "",
 ) -> None:
-    """Upload scans or label volumes; prints an id a line."""
+    """Upload scans, label volumes or 2D images; prints an id a line."""
     with talk(url, token) as client:
         for path in paths:
             with upload_progress(path) as advance:

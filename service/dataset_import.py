@@ -10,7 +10,6 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from imaging.datasets import Case, Image, LayoutError, Plan
 from imaging.datasets.shipping import as_one_file
@@ -129,6 +128,6 @@ def _case(client: Client, case: Case, subject: str) -> tuple[str, str | None, st
     return image, labels, case.split
 
 
-def _volume(client: Client, image: Image, kind: Literal["image", "labels"], subject: str) -> str:
+def _volume(client: Client, image: Image, kind: schemas.VolumeKind, subject: str) -> str:
     with as_one_file(image) as path:
         return client.upload(path, kind=kind, subject=subject).id

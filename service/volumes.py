@@ -1,8 +1,8 @@
 """Volumes: from uploaded bytes to a row, and back out.
 
 The uploaded file is kept without patients' identities (as it came where the site turns that off);
-next to it lies the canonical volume (RAS+, uncompressed
-NIfTI) that training and inference map into memory. A row appears only when both are whole.
+next to it lies the canonical volume (RAS+, uncompressed NIfTI) that training and inference map into
+memory, or the grey PNG of a 2D image. A row appears only when both are whole.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from sqlalchemy import func, or_, select
 from sqlalchemy.exc import IntegrityError
@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from imaging import sandbox
 from imaging.identity import DEFAULT, Policy
+from imaging.kinds import Kind
 from imaging.sandbox import IntakeReport
 from service import faults
 from service.auth import site_pseudonyms
@@ -65,7 +66,7 @@ def ingest(
         store: Where the file lies.
         sha256: Digest of the uploaded file.
         size: Its size in bytes.
-        kind: `image` or `labels`.
+        kind: `image`, `labels` or `image_2d`.
         subject: The caller's own pseudonym for the patient. Without it, DICOM gives one from
             its PatientID (keyed hash), and NIfTI gets one of its own from the file's digest.
         series_uid: Which series of a DICOM archive that has several.
@@ -90,7 +91,7 @@ def ingest(
             report = sandbox.run_intake(
                 path or store.verify(sha256),
                 Path(folder),
-                kind=cast("Literal['image', 'labels']", kind),
+                kind=cast(Kind, kind),
                 series_uid=series_uid,
                 identity=(site_pseudonyms(store.data_dir), policy) if policy else None,
             )

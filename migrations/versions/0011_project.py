@@ -12,6 +12,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from migrations.sqlite import rebuild
 from service import db
 
 revision = "0011"
@@ -168,7 +169,7 @@ def _constrain(*, up: bool) -> None:
     """Put each table's constraints in the place of those that they were."""
     if op.get_bind().dialect.name == "sqlite":
         for table, changes in CONSTRAINTS.items():
-            _rebuild(table, [change if up else (*change[2:], *change[:2]) for change in changes])
+            rebuild(table, [change if up else (*change[2:], *change[:2]) for change in changes])
         return
     # Who refers to a key goes before it, and comes after it.
     tables = list(CONSTRAINTS)
@@ -181,32 +182,3 @@ def _constrain(*, up: bool) -> None:
                 name, definition = (after, becomes) if up else (before, was)
                 if definition.startswith("FOREIGN") != is_key:
                     op.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} {definition}")
-
-
-def _rebuild(table: str, changes: list[tuple[str, str, str, str]]) -> None:
-    """A SQLite table with other constraints: its own definition, rewritten, with its rows.
-
-    Foreign keys are off in migrations (migrations/env.py), so that dropping it takes nothing along.
-    """
-    connection = op.get_bind()
-    parts = sa.text(
-        "SELECT type, sql FROM sqlite_master WHERE tbl_name = :table AND sql IS NOT NULL"
-    )
-    found = connection.execute(parts, {"table": table}).all()
-    definition = next(row.sql for row in found if row.type == "table")
-    for before, was, after, becomes in changes:
-        old, new = f"CONSTRAINT {before} {was}", f"CONSTRAINT {after} {becomes}"
-        if definition.count(old) != 1:
-            raise RuntimeError(f"table {table} has no {old}")
-        definition = definition.replace(old, new)
-    names = ", ".join(column["name"] for column in sa.inspect(connection).get_columns(table))
-    head, columns = definition.split("(", 1)  # SQLite quotes the name of a table that was renamed
-    if head.replace('"', "").split() != ["CREATE", "TABLE", table]:
-        raise RuntimeError(f"table {table} is not as it was made")
-    op.execute(f"CREATE TABLE {table}_new ({columns}")
-    op.execute(f"INSERT INTO {table}_new ({names}) SELECT {names} FROM {table}")  # noqa: S608
-    op.execute(f"DROP TABLE {table}")
-    op.execute(f"ALTER TABLE {table}_new RENAME TO {table}")
-    for row in found:
-        if row.type in {"index", "trigger"}:
-            op.execute(row.sql)

@@ -26,7 +26,7 @@ class Scans(Transport):
         self,
         path: Path,
         *,
-        kind: Literal["image", "labels"] = "image",
+        kind: schemas.VolumeKind = "image",
         subject: str | None = None,
         series_uid: str | None = None,
         on_progress: Callable[[int], None] | None = None,
@@ -37,8 +37,9 @@ class Scans(Transport):
         service is restarted, or this program is (and calls again), one piece is sent again.
 
         Args:
-            path: NIfTI, zip of DICOM, or a multi-frame DICOM file.
-            kind: What its voxels are.
+            path: NIfTI, zip of DICOM, or a multi-frame DICOM file; as `image_2d` a PNG, a JPEG or a
+                radiograph as one DICOM file.
+            kind: What the file is.
             subject: A pseudonym of the patient.
             series_uid: Which series of an archive with several.
             on_progress: Told the number of bytes that have arrived so far.
@@ -60,7 +61,7 @@ class Scans(Transport):
         self,
         path: Path,
         *,
-        kind: Literal["image", "labels"] = "image",
+        kind: schemas.VolumeKind = "image",
         subject: str | None = None,
         series_uid: str | None = None,
         on_progress: Callable[[int], None] | None = None,
@@ -83,10 +84,15 @@ class Scans(Transport):
         return list(self._pages("volumes", schemas.VolumePage, filters))
 
     def download_volume(
-        self, volume_id: str, path: Path, *, format: Literal["nifti", "original"] = "nifti"
+        self,
+        volume_id: str,
+        path: Path,
+        *,
+        format: Literal["nifti", "png", "original"] | None = None,
     ) -> None:
-        """Save a volume's file."""
-        self._download(f"volumes/{volume_id}/file?format={format}", path)
+        """Save a scan's file: a volume as NIfTI, a 2D image as PNG, or what was sent."""
+        asked = "" if format is None else f"?format={format}"
+        self._download(f"volumes/{volume_id}/file{asked}", path)
 
     def delete_volume(self, volume_id: str) -> None:
         """Delete a volume that nothing refers to."""

@@ -30,11 +30,14 @@ class Blob(Base):
 
 
 class Volume(OfProject, Base):
-    """One scan (a series or a NIfTI file), or one label volume."""
+    """One scan (a series or a NIfTI file), one label volume, or one 2D image.
+
+    A 2D image has a shape (rows, columns) and no geometry: its spacing and affines are empty.
+    """
 
     __tablename__ = "volume"
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    kind: Mapped[str] = mapped_column(String(10))  # image | labels
+    kind: Mapped[str] = mapped_column(String(10))  # image | labels | image_2d
     subject: Mapped[str] = mapped_column(String(64), index=True)
     modality: Mapped[str] = mapped_column(String(16))
     format: Mapped[str] = mapped_column(String(16))
@@ -59,7 +62,7 @@ class Volume(OfProject, Base):
             "series_selector",
             name="uq_volume_identity",
         ),
-        CheckConstraint("kind IN ('image', 'labels')", name="kind"),
+        CheckConstraint("kind IN ('image', 'labels', 'image_2d')", name="kind"),
         Index(None, "project_id", "created_at", "id"),
     )
 
@@ -94,7 +97,7 @@ class Upload(OfProject, Base):
             "series_selector",
             name="uq_upload_identity",
         ),
-        CheckConstraint("kind IN ('image', 'labels')", name="kind"),
+        CheckConstraint("kind IN ('image', 'labels', 'image_2d')", name="kind"),
         CheckConstraint("received_bytes BETWEEN 0 AND size_bytes", name="received_bytes"),
     )
 
@@ -112,7 +115,7 @@ class Dataset(OfProject, Base):
 
 
 class DatasetItem(Base):
-    """A volume of a dataset, perhaps with labels, in one split."""
+    """A scan of a dataset, perhaps with labels or classes, in one split."""
 
     __tablename__ = "dataset_item"
     dataset_id: Mapped[str] = mapped_column(
@@ -121,6 +124,8 @@ class DatasetItem(Base):
     position: Mapped[int] = mapped_column(Integer, primary_key=True)
     volume_id: Mapped[str] = mapped_column(ForeignKey("volume.id"), index=True)
     labels_id: Mapped[str | None] = mapped_column(ForeignKey("volume.id"), index=True)
+    classes: Mapped[dict[str, Any] | None]
+    """1 or 0 for each class that is known of the whole scan."""
     subject: Mapped[str] = mapped_column(String(64))
     split: Mapped[str] = mapped_column(String(8))
     __table_args__ = (CheckConstraint("split IN ('train', 'val', 'test')", name="split"),)

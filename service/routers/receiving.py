@@ -29,6 +29,8 @@ MEDIA_TYPES = (
     "application/zip",
     "application/dicom",
     "application/gzip",
+    "image/png",
+    "image/jpeg",
 )
 SCAN_PROBLEMS = (
     "not_a_scan",
@@ -40,6 +42,8 @@ SCAN_PROBLEMS = (
     "unsupported_transfer_syntax",
     "unsupported_format",
     "not_three_dimensional",
+    "not_two_dimensional",
+    "constant_image",
     "missing_slices",
     "duplicate_slices",
     "uneven_spacing",

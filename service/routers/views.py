@@ -18,10 +18,10 @@ def volume(row: db.Volume, size_bytes: int) -> schemas.Volume:
             "modality": row.modality,
             "format": row.format,
             "shape": row.shape,
-            "spacing_mm": row.spacing_mm,
-            "affine": row.affine,
+            "spacing_mm": row.spacing_mm or None,  # a 2D image has none
+            "affine": row.affine or None,
             "source_shape": row.source_shape,
-            "source_affine": row.source_affine,
+            "source_affine": row.source_affine or None,
             "sha256": row.original_sha256,
             "size_bytes": size_bytes,
             "skipped": row.intake.get("members", []),

@@ -1,4 +1,4 @@
-"""Volumes: upload, look, download, delete."""
+"""Volumes and 2D images: upload, look, download, delete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _BODY = {
     "required": True,
     "description": "The scan's bytes as they are: NIfTI (.nii, .nii.gz), NRRD, MetaImage (.mha), a "
     "zip of DICOM files or of a header and its voxels (.mhd and .raw, .nhdr and .raw), or one "
-    "multi-frame DICOM file. The content decides, not the media type.",
+    "multi-frame DICOM file; with `kind=image_2d` a PNG, a JPEG, or a radiograph as one DICOM "
+    "file. The content decides, not the media type.",
     "content": {
         name: {"schema": {"type": "string", "format": "binary"}} for name in receiving.MEDIA_TYPES
     },
@@ -35,7 +36,7 @@ router = deps.router("volumes")
     "/volumes",
     status_code=201,
     operation_id="upload_volume",
-    summary="Upload a scan or a label volume",
+    summary="Upload a scan, a label volume or a 2D image",
     response_model=schemas.Volume,
     openapi_extra={"requestBody": _BODY},
     responses=docs.also(200, schemas.Volume, "The same bytes were there already")
@@ -56,7 +57,7 @@ async def upload_volume(
     store: deps.StoreOf,
     settings: deps.SettingsOf,
     sessions: deps.Sessions,
-    kind: Annotated[schemas.VolumeKind, Query(description="What the voxels are.")] = "image",
+    kind: Annotated[schemas.VolumeKind, Query(description="What the file is.")] = "image",
     subject: Annotated[schemas.Subject | None, Query()] = None,
     series_uid: Annotated[
         schemas.SeriesUid | None, Query(description="Which series of an archive with several.")
@@ -134,7 +135,9 @@ def get_volume(
     summary="Download a volume",
     response_class=Response,
     responses=docs.file("The file", files.BYTES)
-    | docs.problems("invalid_request", "not_found", "no_longer_kept", "blob_corrupt"),
+    | docs.problems(
+        "invalid_request", "not_found", "format_not_made", "no_longer_kept", "blob_corrupt"
+    ),
 )
 def download_volume(
     volume_id: schemas.VolumeId,
@@ -142,15 +145,21 @@ def download_volume(
     session: deps.DbSession,
     store: deps.StoreOf,
     format: Annotated[
-        Literal["nifti", "original"],
-        Query(description="RAS+ NIfTI, or what was sent, without identities."),
-    ] = "nifti",
+        Literal["nifti", "png", "original"] | None,
+        Query(
+            description="RAS+ NIfTI (of a volume, and its default), grey PNG (of a 2D image, and "
+            "its default), or what was sent, without identities."
+        ),
+    ] = None,
 ) -> Response:
-    """The canonical NIfTI, or the file it was read from."""
+    """What is read of a scan: RAS+ NIfTI or grey PNG; or the file it was read from."""
     row = volumes.get(session, volume_id)
-    if format == "nifti":
+    if format != "original":
+        made, ending = ("png", "png") if row.kind == "image_2d" else ("nifti", "nii")
+        if format not in (None, made):
+            raise ServiceError(409, "format_not_made", f"this scan is kept as {made}")
         session.rollback()  # nothing is locked while the file is hashed
-        return files.attachment(store, row.voxels_sha256, f"{row.id}.nii")
+        return files.attachment(store, row.voxels_sha256, f"{row.id}.{ending}")
     retention.require_original(row)
     session.rollback()
     return files.attachment(store, row.original_sha256, f"{row.id}.original")

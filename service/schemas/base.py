@@ -47,7 +47,7 @@ Title = Annotated[
     str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$", examples=["Liver CT"])
 ]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", examples=[SHA])]
-VolumeKind = Literal["image", "labels"]
+VolumeKind = Literal["image", "labels", "image_2d"]
 Split = Literal["train", "val", "test"]
 State = Literal[
     "queued",
@@ -60,6 +60,7 @@ State = Literal[
     "canceled",
 ]
 Size = tuple[int, int, int]
+Size2d = tuple[int, int]
 Matrix = Annotated[tuple[tuple[float, float, float, float], ...], Field(min_length=4, max_length=4)]
 IDENTITY: list[JsonValue] = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 

@@ -19,6 +19,7 @@ from service.schemas.base import (
     SeriesUid,
     Sha256,
     Size,
+    Size2d,
     Subject,
     UploadId,
     VolumeId,
@@ -36,7 +37,7 @@ class SkippedMember(Answer):
 
 
 class Volume(Answer):
-    """One scan, or one label volume."""
+    """One scan, one label volume, or one 2D image (`kind`)."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -59,21 +60,44 @@ class Volume(Answer):
                     "num_used": 60,
                     "notes": [],
                     "created_at": TIME,
-                }
+                },
+                {
+                    "id": f"vol_{HEX[::-1]}",
+                    "kind": "image_2d",
+                    "subject": "subject-002",
+                    "modality": "DX",
+                    "format": "dicom",
+                    "shape": [2500, 2048],
+                    "spacing_mm": None,
+                    "affine": None,
+                    "source_shape": [2500, 2048],
+                    "source_affine": None,
+                    "sha256": SHA,
+                    "size_bytes": 5123456,
+                    "skipped": [],
+                    "num_used": 1,
+                    "notes": ["windowed (LINEAR, centre 2048, width 4096)"],
+                    "created_at": TIME,
+                },
             ]
         },
     )
 
     id: VolumeId
-    kind: VolumeKind
+    kind: VolumeKind = Field(
+        description="`image` and `labels` are volumes; `image_2d` is one 2D image, without a "
+        "geometry in mm."
+    )
     subject: str
     modality: str
     format: str
-    shape: Size
-    spacing_mm: tuple[float, float, float]
-    affine: Matrix = Field(description="Voxel to RAS+, mm.")
-    source_shape: Size
-    source_affine: Matrix = Field(description="Of the file as it was sent; voxel to RAS+, mm.")
+    shape: Size | Size2d = Field(description="Along I, J and K; of a 2D image rows and columns.")
+    spacing_mm: tuple[float, float, float] | None
+    affine: Matrix | None = Field(description="Voxel to RAS+, mm.")
+    source_shape: Size | Size2d
+    source_affine: Matrix | None = Field(
+        description="Of the file as it was sent; voxel to RAS+, mm."
+    )
     sha256: Sha256 = Field(description="Of the kept file: what was sent, without identities.")
     size_bytes: int
     skipped: tuple[SkippedMember, ...] = Field(
@@ -95,7 +119,7 @@ class VolumePage(Page[Volume]):
 
 
 class UploadCreate(Ask):
-    """A scan that will come in pieces."""
+    """A file that will come in pieces."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -12,6 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import func, inspect, select, text
+from sqlalchemy.exc import IntegrityError
 
 from service import db, migrate
 from service.db import scope
@@ -231,3 +232,21 @@ def test_a_second_migrator_of_a_sqlite_database_waits_for_the_first(sqlite_url, 
     engine = db.connect(sqlite_url)
     assert migrate.is_current(engine)
     engine.dispose()
+
+
+@pytest.mark.parametrize("table", ["volume", "upload"])
+def test_going_below_2d_images_is_refused_while_there_is_one(engine, database_url, table):
+    fill(engine)
+    kinds = text(f"UPDATE {table} SET kind = :kind")
+    with engine.begin() as connection:
+        connection.execute(kinds, {"kind": "image_2d"})
+
+    with pytest.raises(RuntimeError, match=f"1 rows of {table} are 2D images"):
+        migrate.downgrade(database_url, "0011")
+
+    assert migrate.is_current(engine)
+    with engine.begin() as connection:
+        connection.execute(kinds, {"kind": "image"})
+    migrate.downgrade(database_url, "0011")
+    with pytest.raises(IntegrityError), engine.begin() as connection:  # nobody below knows it
+        connection.execute(kinds, {"kind": "image_2d"})
