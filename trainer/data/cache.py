@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from imaging.errors import ScanError
 from imaging.intake import read_scan
-from imaging.kinds import Kind
+from imaging.kinds import VolumeKind
 from imaging.volume import Grid, Volume
 from models.preprocess import prepare, prepare_labels
 from models.recipe import FinetuneRecipe, Preprocessing
@@ -169,7 +169,7 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("/".join([_VERSION, *parts]).encode()).hexdigest()
 
 
-def _read(path: Path, called: str, kind: Kind) -> Volume:
+def _read(path: Path, called: str, kind: VolumeKind) -> Volume:
     code = "unusable_scan" if kind == "image" else "unusable_labels"
     try:
         return read_scan(path, kind=kind, beside=voxels_beside(path)).volume
