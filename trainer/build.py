@@ -65,11 +65,11 @@ def build_student(recipe: AnyPretrain, *, fused: bool) -> Student:
     """
     if not recipe.method.trains_decoder:
         return EncoderAlone(build_encoder(recipe))
+    norm, skip = norm_of(recipe), recipe.method.has_skips
     if isinstance(recipe, PretrainRecipe2d):
         channels = recipe.network.in_channels
-        return ResNetUNet2d(channels, channels, recipe.network.width, norm_of(recipe))
-    width, skip = recipe.network.base_width, recipe.method.has_skips
-    return UNet3d(1, 1, width, norm_of(recipe), fused=fused, skip=skip)
+        return ResNetUNet2d(channels, channels, recipe.network.width, norm, skip=skip)
+    return UNet3d(1, 1, recipe.network.base_width, norm, fused=fused, skip=skip)
 
 
 def build_encoder(recipe: AnyPretrain) -> UNet3dEncoder | ResNet18Encoder:

@@ -73,15 +73,18 @@ class ResNet18Encoder(nn.Module):
 
 
 class UNet2dDecoder(nn.Module):
-    """Five levels of doubling, concatenation with the skip (but for the last), two convolutions."""
+    """Five levels of doubling, concatenation with the skip (but for the last), two convolutions.
 
-    def __init__(self, width: int = 64, norm: Norm = "batch") -> None:
+    Without skips the first convolution of each level reads the doubled tensor alone.
+    """
+
+    def __init__(self, width: int = 64, norm: Norm = "batch", *, skip: bool = True) -> None:
         super().__init__()
-        w = width
-        self.up16 = _UpLevel(8 * w, 4 * w, 4 * w, norm)
-        self.up8 = _UpLevel(4 * w, 2 * w, 2 * w, norm)
-        self.up4 = _UpLevel(2 * w, w, w, norm)
-        self.up2 = _UpLevel(w, w, w // 2, norm)
+        w, self.has_skips = width, skip
+        self.up16 = _UpLevel(8 * w, 4 * w * skip, 4 * w, norm)
+        self.up8 = _UpLevel(4 * w, 2 * w * skip, 2 * w, norm)
+        self.up4 = _UpLevel(2 * w, w * skip, w, norm)
+        self.up2 = _UpLevel(w, w * skip, w // 2, norm)
         self.up1 = _UpLevel(w // 2, 0, w // 4, norm)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -89,12 +92,17 @@ class UNet2dDecoder(nn.Module):
 
     def forward(self, features: Features2d) -> Tensor:
         """Decode to the resolution of the image, (B, W/4, R, C')."""
-        decoded = self.up16(features.bottleneck, features.skip16)
-        decoded = self.up8(decoded, features.skip8)
-        decoded = self.up4(decoded, features.skip4)
-        decoded = self.up2(decoded, features.skip2)
-        up1: Tensor = self.up1(decoded, None)
-        return up1
+        return self.levels(features)[-1]
+
+    def levels(self, features: Features2d) -> list[Tensor]:
+        """What each level makes, from coarse to fine: (B, 4W, R/16, C'/16) to (B, W/4, R, C')."""
+        up = (self.up16, self.up8, self.up4, self.up2, self.up1)
+        skips = (features.skip16, features.skip8, features.skip4, features.skip2, None)
+        decoded, made = features.bottleneck, []
+        for level, skip in zip(up, skips, strict=True):
+            decoded = level(decoded, skip if self.has_skips else None)
+            made.append(decoded)
+        return made
 
 
 class ResNetUNet2d(nn.Module):
@@ -105,16 +113,23 @@ class ResNetUNet2d(nn.Module):
         out_channels: Channels of the output: `in_channels` to reconstruct.
         width: Channels of the first convolution, W, a multiple of 4.
         norm: Batch norm (pretraining) or group norm (fine-tuning); the keys are the same.
+        skip: Whether the decoder sees the encoder's skips.
     """
 
     def __init__(
-        self, in_channels: int = 3, out_channels: int = 3, width: int = 64, norm: Norm = "batch"
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        width: int = 64,
+        norm: Norm = "batch",
+        *,
+        skip: bool = True,
     ) -> None:
         super().__init__()
         if width % 4:
             raise ValueError(f"width {width} must be a multiple of 4")
         self.encoder = ResNet18Encoder(in_channels, width, norm)
-        self.decoder = UNet2dDecoder(width, norm)
+        self.decoder = UNet2dDecoder(width, norm, skip=skip)
         self.out = nn.Conv2d(width // 4, out_channels, kernel_size=3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:

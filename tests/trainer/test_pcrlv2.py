@@ -74,18 +74,18 @@ def test_the_loss_is_restoration_agreement_and_both_of_a_level() -> None:
         z = method.projections[level](x.mean(dim=(2, 3, 4)))
         return z, method.predictions[level](z)
 
-    one, other = (levels(seen) for seen in views.seen)
+    one, other = (levels(seen) for seen in views.crops.seen)
     whole = [torch.sigmoid(student.out(x[-1])) for x in (one, other)]
-    restored = sum(F.mse_loss(x, y) for x, y in zip(whole, views.clean, strict=True)) / 2
+    restored = sum(F.mse_loss(x, y) for x, y in zip(whole, views.crops.clean, strict=True)) / 2
     partial = [
         F.interpolate(
             torch.sigmoid(method.mid_outputs[level](x[level])), (16, 16, 16), mode="trilinear"
         )
         for x in (one, other)
     ]
-    mid = sum(F.mse_loss(x, y) for x, y in zip(partial, views.clean, strict=True)) / 2
+    mid = sum(F.mse_loss(x, y) for x, y in zip(partial, views.crops.clean, strict=True)) / 2
     (z1, p1), (z2, p2) = heads(one[level]), heads(other[level])
-    zl, pl = heads(levels(views.seen_locals)[level])
+    zl, pl = heads(levels(views.crops.seen_locals)[level])
     pairs = [
         (zl[n * 3 : n * 3 + 3], pl[n * 3 : n * 3 + 3], z, p)
         for n in (0, 1)
@@ -165,8 +165,10 @@ def test_local_boxes_lie_in_the_volume_and_near_the_global_ones() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(ValidationError, match="in 3D; this is 2D"):
-        PretrainRecipe2d.model_validate({"method": {"name": "pcrlv2"}})
+    with pytest.raises(ValidationError, match="pcrlv2's num_swaps is for 3D; this is 2D"):
+        PretrainRecipe2d.model_validate({"method": {"name": "pcrlv2", "num_swaps": 3}})
+    with pytest.raises(ValidationError, match="pcrlv2's local_side is for 2D; this is 3D"):
+        PretrainRecipe.model_validate({"method": {"name": "pcrlv2", "local_side": 64}})
     with pytest.raises(ValidationError, match="must divide 8"):
         PcrlV2Recipe(swap_patch=(3, 4, 4))
     assert PretrainRecipe.model_validate({"method": {"name": "pcrlv2"}}).crops.min_iou == 0.3

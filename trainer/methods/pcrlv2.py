@@ -4,7 +4,7 @@ Zhou et al., "A Unified Visual Information Preservation Framework for Self-super
 in Medical Image Analysis", TPAMI 2023, as its official code has it (algorithms.md 2): no momentum
 encoder, no queue, no skips; SimSiam at one level of the decoder a step. See docs/methods/pcrlv2.md.
 
-B samples, L locals of each, C channels of a level, I J K voxels.
+B samples, L locals of each, C channels of a level, I J K voxels; in 2D I J pixels.
 """
 
 from __future__ import annotations
@@ -18,39 +18,31 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor, nn
 
 from models import recipe as recipes
+from models.networks.resnet_unet2d import ResNetUNet2d
 from models.networks.unet3d import UNet3d, pooled
-from models.recipe import AnyPretrain, PretrainRecipe
+from models.recipe import AnyPretrain, PretrainRecipe, PretrainRecipe2d
 from trainer.build import build_student
-from trainer.data import augment, degrade
 from trainer.data.images2d import ResidentImages
-from trainer.data.local_boxes import draw_locals
 from trainer.data.resident import Resident
-from trainer.data.sampling import Pairs, PairSampler
-from trainer.errors import DataError
-from trainer.methods import intensities
+from trainer.data.sampling import PairSampler
+from trainer.methods import intensities, pcrlv2_views
 from trainer.methods.losses import Losses
 from trainer.methods.method import Method
-from trainer.methods.pairs import shuffled_share
-from trainer.randomness import generator, take
-
-NUM_LEVELS = 3
+from trainer.methods.pcrlv2_views import Crops
+from trainer.randomness import generator
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Two global crops of each sample and local ones.
+    """Crops, and what was drawn for the step.
 
     Attributes:
-        clean: The global crops, (B, 1, I, J, K) each.
-        seen: The same, corrupted.
-        seen_locals: Corrupted local crops, local after local, (L * B, 1, I', J', K').
+        crops: Global and local ones.
         level: Of the decoder, from coarse to fine, that is contrasted in this step.
         mid_weight: beta, of restoring from that level alone.
     """
 
-    clean: tuple[Tensor, Tensor]
-    seen: tuple[Tensor, Tensor]
-    seen_locals: Tensor
+    crops: Crops
     level: int
     mid_weight: float
 
@@ -60,68 +52,52 @@ class PcrlV2(Method[Views, Losses]):
 
     def __init__(self, recipe: AnyPretrain) -> None:
         super().__init__(recipe)
-        assert isinstance(recipe, PretrainRecipe) and isinstance(recipe.method, recipes.PcrlV2)
+        assert isinstance(recipe.method, recipes.PcrlV2)
         self.spec = recipe.method
-        student = build_student(recipe, fused=recipe.fused)
-        assert isinstance(student, UNet3d)
-        self.student: UNet3d = student
-        widths = [8 * recipe.network.base_width // 2**level for level in range(NUM_LEVELS)]
+        fused = isinstance(recipe, PretrainRecipe) and recipe.fused
+        student = build_student(recipe, fused=fused)
+        assert isinstance(student, UNet3d | ResNetUNet2d)
+        self.student: UNet3d | ResNetUNet2d = student
+        widths = _widths(recipe)
         self.projections = nn.ModuleList(nn.BatchNorm1d(width) for width in widths)
         self.predictions = nn.ModuleList(_predictor(width) for width in widths)
-        self.mid_outputs = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(width, 1, kernel_size=3, padding=1), nn.BatchNorm3d(1))
-            for width in widths
-        )
+        make_output = _output_2d if isinstance(recipe, PretrainRecipe2d) else _output_3d
+        self.mid_outputs = nn.ModuleList(make_output(width) for width in widths)
 
     def make_views(
         self, volumes: Resident | ResidentImages, sampler: PairSampler | None, step: int
     ) -> Views:
         """Global and local crops, clean and corrupted; the level and beta of the step."""
-        recipe, seed = self.recipe, self.recipe.seed
-        assert isinstance(recipe, PretrainRecipe) and isinstance(volumes, Resident)
-        assert sampler is not None
-        drawn = sampler.draw(recipe.batch_size, generator(seed, step, "pairs"))
-        pairs = take(drawn, shuffled_share(recipe, step))
-        globals_ = [self._views_of(volumes, recipe, pairs, step, view=view) for view in (0, 1)]
-        crops = recipe.crops.model_copy(
-            update={"input_size": self.spec.local_input_size, "crop_sizes": self.spec.local_sizes}
-        )
-        if (volumes.shapes.amin(dim=0) < torch.tensor(crops.crop_sizes).amax(dim=0)).any():
-            raise DataError("small_scan", "a local crop is larger than a padded scan")
-        boxes = draw_locals(
-            pairs,
-            recipe.crops.crop_sizes,
-            crops.crop_sizes,
-            volumes.shapes,
-            num_locals=self.spec.num_locals,
-            margin=self.spec.local_margin,
-            random=generator(seed, step, "locals"),
-        )
-        local = recipe.model_copy(update={"crops": crops})
-        level = int(torch.randint(NUM_LEVELS, (), generator=generator(seed, step, "level")))
+        recipe = self.recipe
+        if isinstance(volumes, ResidentImages):
+            assert isinstance(recipe, PretrainRecipe2d)
+            crops = pcrlv2_views.of_images(recipe, self.spec, volumes, step)
+        else:
+            assert isinstance(recipe, PretrainRecipe) and sampler is not None
+            crops = pcrlv2_views.of_volumes(recipe, self.spec, volumes, sampler, step)
+        num_levels = len(self.projections)
+        level = int(torch.randint(num_levels, (), generator=generator(recipe.seed, step, "level")))
         return Views(
-            clean=(globals_[0][0], globals_[1][0]),
-            seen=(globals_[0][1], globals_[1][1]),
-            seen_locals=self._views_of(volumes, local, boxes, step, purpose="local")[1],
+            crops=crops,
             level=level,
             mid_weight=0.5 * (1.0 + math.cos(math.pi * (step - 1) / recipe.num_steps)),
         )
 
     def losses(self, views: Views) -> Losses:
         """Restoration, agreement of globals and with locals, restoration from one level."""
-        level = views.level
-        decoded = [self._levels(seen) for seen in views.seen]
+        level, crops = views.level, views.crops
+        decoded = [self._levels(seen) for seen in crops.seen]
         restored = _mean(
             F.mse_loss(intensities.restore(self.student.out(levels[-1]), self.recipe), clean)
-            for levels, clean in zip(decoded, views.clean, strict=True)
+            for levels, clean in zip(decoded, crops.clean, strict=True)
         )
         from_level = _mean(
             F.mse_loss(self._from_level(levels[level], level, clean), clean)
-            for levels, clean in zip(decoded, views.clean, strict=True)
+            for levels, clean in zip(decoded, crops.clean, strict=True)
         )
         (z_one, p_one), (z_other, p_other) = (self._embed(x[level], level) for x in decoded)
         agreement = agree(z_one, p_one, z_other, p_other)
-        z_local, p_local = self._embed(self._levels(views.seen_locals)[level], level)
+        z_local, p_local = self._embed(self._levels(crops.seen_locals)[level], level)
         times = self.spec.num_locals
         local = _mean(
             agree(z_local, p_local, z.repeat(times, 1), p.repeat(times, 1))
@@ -141,33 +117,10 @@ class PcrlV2(Method[Views, Losses]):
             },
         )
 
-    def _views_of(
-        self,
-        volumes: Resident,
-        recipe: PretrainRecipe,
-        pairs: Pairs,
-        step: int,
-        *,
-        view: int = 0,
-        purpose: str = "global",
-    ) -> tuple[Tensor, Tensor]:
-        """A clean crop of each box, and the same corrupted."""
-        crops, seed, count = recipe.crops, recipe.seed, len(pairs.volume)
-        shapes = generator(seed, step, f"{purpose} geometry {view}")
-        geometry = augment.draw_geometry(crops, count, shapes)
-        clean = augment.make_clean(volumes, crops, pairs, view, geometry)
-        drawn = degrade.draw(
-            self.spec,
-            crops.max_blur_sigma,
-            crops.input_size,
-            count,
-            generator(seed, step, f"{purpose} corruption {view}"),
-        )
-        noise = generator(seed, step, f"{purpose} noise {view}", clean.device)
-        return clean, degrade.degrade(clean, drawn, self.spec.swap_patch, noise)
-
     def _levels(self, images: Tensor) -> list[Tensor]:
         """What the decoder's levels make of the bottleneck, from coarse to fine."""
+        if isinstance(self.student, ResNetUNet2d):
+            return self.student.decoder.levels(self.student.encoder(images))
         features, decoder = self.student.encoder(images), self.student.decoder
         at256 = decoder.up256(features.bottleneck, features.skip256)
         at128 = decoder.up128(at256, features.skip128)
@@ -181,8 +134,8 @@ class PcrlV2(Method[Views, Losses]):
     def _from_level(self, decoded: Tensor, level: int, like: Tensor) -> Tensor:
         """The crop, restored from one level by one convolution, at full extent."""
         small = intensities.restore(self.mid_outputs[level](decoded), self.recipe)
-        extents = list(like.shape[2:])
-        return F.interpolate(small, size=extents, mode="trilinear", align_corners=False)
+        mode = "trilinear" if like.ndim == 5 else "bilinear"
+        return F.interpolate(small, size=list(like.shape[2:]), mode=mode, align_corners=False)
 
 
 def agree(z_one: Tensor, p_one: Tensor, z_other: Tensor, p_other: Tensor) -> Tensor:
@@ -200,6 +153,26 @@ def agree(z_one: Tensor, p_one: Tensor, z_other: Tensor, p_other: Tensor) -> Ten
     one = F.cosine_similarity(p_one.float(), z_other.detach().float(), dim=1)
     other = F.cosine_similarity(p_other.float(), z_one.detach().float(), dim=1)
     return -0.5 * (one.mean() + other.mean())
+
+
+def _widths(recipe: AnyPretrain) -> list[int]:
+    """Channels of the decoder's levels, from coarse to fine: three in 3D, five in 2D."""
+    if isinstance(recipe, PretrainRecipe2d):
+        return [4 * recipe.network.width // 2**level for level in range(5)]
+    return [8 * recipe.network.base_width // 2**level for level in range(3)]
+
+
+def _output_3d(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv3d(width, 1, kernel_size=3, padding=1), nn.BatchNorm3d(1))
+
+
+def _output_2d(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, width, kernel_size=3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 3, kernel_size=1),
+    )
 
 
 def _predictor(width: int) -> nn.Sequential:
