@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from imaging import sandbox
@@ -64,6 +65,8 @@ ROUTERS = (
     batches.router,
     experiments.router,
 )
+NAMED: tuple[type[BaseModel], ...] = (schemas.Problem, schemas.Events, schemas.ExperimentEvents)
+"""What no route has as its response model, and answers refer to by name."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -128,7 +131,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             routes=app.routes,
         )
         _, extra = models_json_schema(
-            [(schemas.Problem, "serialization"), (schemas.Events, "serialization")],
+            [(one, "serialization") for one in NAMED],
             ref_template="#/components/schemas/{model}",
         )
         document["components"]["schemas"].update(extra["$defs"])

@@ -134,9 +134,12 @@ def _follow(client: Client, experiment_id: str) -> None:
     with Progress(TextColumn("{task.description}"), BarColumn(), console=console) as bar:
         task = bar.add_task("trainings", total=1.0)
 
-        def show_it(now: schemas.Experiment) -> None:
+        def show_it(now: schemas.ExperimentProgress) -> None:
             told = ", ".join(f"{count} {state}" for state, count in sorted(now.counts.items()))
-            bar.update(task, completed=now.fraction, description=told)
+            stage = f"{now.stage}: " if now.stage is not None else ""
+            begun = sum(one.progress.fraction or 0.0 for one in now.running if one.progress)
+            done = (now.num_ended + begun) / max(1, now.num_trainings)
+            bar.update(task, completed=done, description=f"{stage}{told}")
 
         ended = client.wait_experiment(experiment_id, show_it)
     if ended.state != "succeeded":

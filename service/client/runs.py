@@ -7,17 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 from pydantic import BaseModel
 
 from service import schemas
-from service.answers import TRANSIENT, ApiError, check, unreachable
-from service.client.transport import NUM_TRIES, Transport
+from service.answers import TRANSIENT, ApiError
+from service.client.transport import NUM_TRIES, STREAM_TIMEOUT_S, Transport
 
 TERMINAL = frozenset({"succeeded", "failed", "canceled"})
 POLL_S = 1.0
-STREAM_TIMEOUT_S = 45.0
-"""Three times the pause between the stream's pings."""
 
 OnEvent = Callable[[schemas.Event], None]
 
@@ -128,25 +125,12 @@ class Runs(Transport):
 
     def _stream(self, run_id: str, after: int, deadline: float | None) -> Iterator[schemas.Event]:
         """Events after `after` by server-sent events, until the run ends or the time is up."""
-        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         left_s = STREAM_TIMEOUT_S if deadline is None else deadline - time.monotonic()
         read_s = min(max(left_s, 0.1), STREAM_TIMEOUT_S)
-        timeout = httpx.Timeout(self._timeout_s, read=read_s)
-        try:
-            with self._http.stream(
-                "GET", f"runs/{run_id}/events", headers=headers, timeout=timeout
-            ) as answer:
-                if answer.is_error:
-                    answer.read()
-                check(answer)
-                for line in answer.iter_lines():
-                    name, _, value = line.partition(": ")
-                    if name == "data":
-                        yield schemas.Event.model_validate_json(value)
-                    if deadline is not None and time.monotonic() > deadline:
-                        return
-        except httpx.TransportError as error:
-            raise unreachable(error) from error
+        for _, _, data in self._listen(f"runs/{run_id}/events", after, read_s=read_s):
+            yield schemas.Event.model_validate_json(data)
+            if deadline is not None and time.monotonic() > deadline:
+                return
 
     def _listed(self, run_id: str, after: int) -> Iterator[schemas.Event]:
         """Events after `after` by asking, as many as there are now."""

@@ -17,6 +17,8 @@ from service.answers import ApiError, check, unreachable
 
 CHUNK_BYTES = 1 << 20
 NUM_TRIES = 4
+STREAM_TIMEOUT_S = 45.0
+"""Three times the pause between a stream's pings."""
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 Shown = TypeVar("Shown", bound=BaseModel)
@@ -130,6 +132,33 @@ class Transport:
             raise unreachable(error) from error
         check(answer)
         return answer
+
+    def _listen(
+        self, path: str, after: int, *, read_s: float = STREAM_TIMEOUT_S
+    ) -> Iterator[tuple[str, int, str]]:
+        """Server-sent events after `after`, as (event, id, data), until the service ends them.
+
+        Raises:
+            ApiError: Nothing came for `read_s`, the connection broke, or it was refused.
+        """
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        timeout = httpx.Timeout(self._timeout_s, read=read_s)
+        name, number = "", after
+        try:
+            with self._http.stream("GET", path, headers=headers, timeout=timeout) as answer:
+                if answer.is_error:
+                    answer.read()
+                check(answer)
+                for line in answer.iter_lines():
+                    field, _, value = line.partition(": ")
+                    if field == "event":
+                        name = value
+                    elif field == "id":
+                        number = int(value)
+                    elif field == "data":
+                        yield name, number, value
+        except httpx.TransportError as error:
+            raise unreachable(error) from error
 
     def _download(self, path: str, target: Path) -> None:
         """Save an answer; a file that broke off never gets its final name."""

@@ -9,6 +9,7 @@ from service.db.access import Idempotency, Token
 from service.db.base import Base, UtcDateTime, db_now
 from service.db.connection import Cursor, Page, Row, connect, insert_if_absent, page, sessions
 from service.db.experiments import Experiment, ExperimentCell
+from service.db.horizon import settled_before
 from service.db.models import (
     AliasEvent,
     GoldenCase,
@@ -86,5 +87,6 @@ __all__ = [
     "page",
     "project_of",
     "sessions",
+    "settled_before",
     "within",
 ]

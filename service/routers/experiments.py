@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Query, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from service import celery_app, db, experiment_reports, experiments, quota, schemas
+from service import (
+    celery_app,
+    db,
+    experiment_events,
+    experiment_reports,
+    experiments,
+    quota,
+    schemas,
+)
 from service.experiment_reports import Facts, Form
 from service.experiment_summary import Summary, summaries, summary
 from service.idempotency import Answer
 from service.pagination import PageSize, PageToken, cursor_of, token_of
-from service.routers import deps, docs
+from service.routers import deps, docs, streams
 
 RETRY_AFTER_S = "30"
 MEDIA_TYPES: dict[Form, str] = {
@@ -33,6 +41,24 @@ _REPORT: docs.Responses = {
             "text/markdown": {"schema": {"type": "string"}},
             "image/svg+xml": {"schema": {"type": "string"}},
             "text/csv": {"schema": {"type": "string"}},
+        },
+    }
+}
+_STREAM: docs.Responses = {
+    200: {
+        "description": "Events as a stream until every training has ended, or what there is now",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": 'id: 7\nevent: training\ndata: {"id":7,"key":"pretrain/pcrl/0","run_id":'
+                '"run_0123456789abcdef0123456789abcdef","state":"succeeded","attempt":1,"error":null,"created_at":'
+                '"2026-11-24T04:12:00Z"}\n\nid: 7\nevent: progress\ndata: {"state":"running",'
+                '"stage":"finetune","stages":{"pretrain":{"num_trainings":1,"num_ended":1},'
+                '"finetune":{"num_trainings":2,"num_ended":0}},"num_trainings":3,"num_ended":1,'
+                '"fraction":0.3333333333333333,"counts":{"queued":2,"succeeded":1},"running":[],'
+                '"finished_at":null}\n\n',
+            },
+            "application/json": {"schema": {"$ref": "#/components/schemas/ExperimentEvents"}},
         },
     }
 }
@@ -133,6 +159,32 @@ def list_experiment_trainings(
     return schemas.ExperimentCells(
         items=tuple(_cell(one) for one in found if state in (None, one.state))
     )
+
+
+@router.get(
+    "/experiments/{experiment_id}/events",
+    operation_id="get_experiment_events",
+    summary="Follow an experiment",
+    response_class=Response,
+    responses=_STREAM | docs.problems("invalid_request", "not_found"),
+)
+async def get_experiment_events(
+    experiment_id: schemas.ExperimentId,
+    _caller: deps.Viewer,
+    sessions: deps.Sessions,
+    request: Request,
+    after: streams.After = None,
+    last_event_id: streams.LastEventId = None,
+) -> Response:
+    """`training` when one changes its state, `progress` of the whole when it is another.
+
+    After a break `Last-Event-ID` misses nothing; a `training` may be told twice, by the same `id`.
+    """
+    since = last_event_id if last_event_id is not None else after or 0
+    found = await run_in_threadpool(experiment_events.read, sessions, experiment_id, since)
+    if streams.wants_list(request, after):
+        return JSONResponse(found.model_dump(mode="json"))
+    return streams.answer(experiment_events.stream(sessions, experiment_id, since))
 
 
 @router.get(

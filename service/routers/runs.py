@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from fastapi import Header, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.sse import EventSourceResponse
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
@@ -19,10 +18,9 @@ from service.errors import ServiceError
 from service.idempotency import Answer
 from service.pagination import PageSize, PageToken, cursor_of, token_of
 from service.queue import Able, position
-from service.routers import answers, deps, docs, views
+from service.routers import answers, deps, docs, streams, views
 
 _RUN_ID = re.compile(r"run_[0-9a-f]{32}")
-_MAX_SEQ = 2**63 - 1
 _STREAM: docs.Responses = {
     200: {
         "description": "Events, as a stream until the run ends or as a list",
@@ -170,22 +168,15 @@ async def get_run_events(
     _caller: deps.Viewer,
     sessions: deps.Sessions,
     request: Request,
-    after: Annotated[
-        int | None,
-        Query(ge=0, le=_MAX_SEQ, description="Events with a larger id; answered as a list."),
-    ] = None,
-    last_event_id: Annotated[
-        int | None,
-        Header(ge=0, le=_MAX_SEQ, description="Where a stream that broke is taken up again."),
-    ] = None,
+    after: streams.After = None,
+    last_event_id: streams.LastEventId = None,
 ) -> Response:
     """Events as a stream (`Accept: text/event-stream`, the default) or as a list."""
     since = last_event_id if last_event_id is not None else after or 0
     found = await run_in_threadpool(_events, sessions, run_id, since)
-    if _wants_list(request.headers.get("accept", ""), has_after=after is not None):
+    if streams.wants_list(request, after):
         return JSONResponse(found.model_dump(mode="json"))
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(events.stream(sessions, run_id, since), headers=headers)
+    return streams.answer(events.stream(sessions, run_id, since))
 
 
 @router.post(
@@ -284,12 +275,6 @@ def _events(sessions: deps.Sessions, run_id: str, after: int) -> schemas.Events:
         runs.get(session, run_id)
         found = runs.events_after(session, run_id, after)
         return schemas.Events(events=tuple(events.as_schema(event) for event in found))
-
-
-def _wants_list(accept: str, *, has_after: bool) -> bool:
-    if "text/event-stream" in accept:
-        return False
-    return has_after or "application/json" in accept
 
 
 def _described(network: dict[str, Any]) -> str:

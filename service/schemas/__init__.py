@@ -74,6 +74,13 @@ from service.schemas.embeddings import (
     SimilarCase,
     SimilarCases,
 )
+from service.schemas.experiment_events import (
+    ExperimentEvents,
+    ExperimentProgress,
+    ExperimentTraining,
+    RunningTraining,
+    StageProgress,
+)
 from service.schemas.experiments import (
     CellState,
     Experiment,
@@ -183,9 +190,12 @@ __all__ = [
     "ExperimentCell",
     "ExperimentCells",
     "ExperimentCreate",
+    "ExperimentEvents",
     "ExperimentExtend",
     "ExperimentId",
     "ExperimentPage",
+    "ExperimentProgress",
+    "ExperimentTraining",
     "Finding",
     "GoldenCase",
     "GoldenCaseSet",
@@ -228,6 +238,7 @@ __all__ = [
     "RunId",
     "RunMetrics",
     "RunPage",
+    "RunningTraining",
     "SearchFilters",
     "Segmentation",
     "SegmentationCreate",
@@ -242,6 +253,7 @@ __all__ = [
     "SkippedMember",
     "Split",
     "SplitCreate",
+    "StageProgress",
     "StageWindows",
     "State",
     "Subject",

@@ -68,6 +68,7 @@ MATRIX: dict[tuple[str, str], tuple[str, dict[str, object]]] = {
     ("GET", "/experiments/{experiment_id}"): ("viewer", {}),
     ("GET", "/experiments/{experiment_id}/trainings"): ("viewer", {}),
     ("GET", "/experiments/{experiment_id}/report"): ("viewer", {}),
+    ("GET", "/experiments/{experiment_id}/events"): ("viewer", {}),
     ("POST", "/experiments/{experiment_id}:extend"): ("researcher", {"json": {}}),
     ("POST", "/experiments/{experiment_id}:cancel"): ("researcher", {}),
     ("GET", "/segmentations"): ("viewer", {}),

@@ -75,6 +75,7 @@ HIDDEN = {
     ("GET", "/experiments/{experiment_id}"): {},
     ("GET", "/experiments/{experiment_id}/trainings"): {},
     ("GET", "/experiments/{experiment_id}/report"): {},
+    ("GET", "/experiments/{experiment_id}/events"): {"params": {"after": 0}},
     ("POST", "/experiments/{experiment_id}:extend"): {"json": {"seeds": [1]}},
     ("POST", "/experiments/{experiment_id}:cancel"): {},
     ("GET", "/models/{name}"): {},
