@@ -75,9 +75,11 @@ def create(
     """Queue a model on every scan of a dataset; the caller commits, then rings.
 
     Raises:
-        ServiceError: 404 `not_found`; 422 `invalid_request` if no scan is in the split.
+        ServiceError: 404 `not_found`; 422 `invalid_request` if no scan is in the split, 422
+            `wrong_volume_kind` if they are 2D images.
     """
     datasets.get(session, dataset_id)
+    datasets.require_kind(session, dataset_id, "image")
     split = options.get("split")
     items = [one for one in datasets.items_of(session, dataset_id) if split in (None, one.split)]
     if not items:

@@ -93,7 +93,7 @@ def finetune(
     url: Url = DEFAULT_URL,
     token: Secret = "",
 ) -> None:
-    """Fine-tune a segmentation model on a dataset's labels."""
+    """Fine-tune on a dataset's labels; a recipe of kind `classify` makes a classifier."""
     with talk(url, token) as client:
         run = client.finetune(dataset_id, _json(recipe), model_name=model, parent=parent)
         _follow(client, run, wait=wait)

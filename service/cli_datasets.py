@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from service.cli_client import DEFAULT_URL, Secret, Url, console, errors, fail, 
 if TYPE_CHECKING:
     from imaging.datasets.plan import Plan
     from service.client import Client
+    from service.client.scans import Item
     from service.dataset_import import Sent
 
 dataset_app = typer.Typer(help="Datasets: make, import.", no_args_is_help=True)
@@ -23,15 +25,26 @@ dataset_app = typer.Typer(help="Datasets: make, import.", no_args_is_help=True)
 def create(
     name: Annotated[str, typer.Argument(help="A name for people.")],
     items: Annotated[
-        list[str], typer.Argument(help="Volume ids; `vol_image:vol_labels` where labelled.")
-    ],
+        list[str] | None, typer.Argument(help="Volume ids; `vol_image:vol_labels` where labelled.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV of classified scans: volume_id, perhaps split, and a column a class with 1, "
+            "0 or nothing.",
+            exists=True,
+        ),
+    ] = None,
     url: Url = DEFAULT_URL,
     token: Secret = "",
 ) -> None:
-    """Make a dataset of uploaded volumes, split by subject; prints its id."""
+    """Make a dataset of uploaded scans, split by subject; prints its id."""
+    pairs = [item.partition(":") for item in items or []]
+    listed: list[Item] = [(image, labels or None) for image, _, labels in pairs]
+    if classes is not None:
+        listed += _classified(classes)
     with talk(url, token) as client:
-        pairs = [item.partition(":") for item in items]
-        made = client.create_dataset(name, [(image, labels or None) for image, _, labels in pairs])
+        made = client.create_dataset(name, listed)
         console.print(made.id, highlight=False)
 
 
@@ -65,6 +78,26 @@ def import_folder(
             fail("no scan was taken")
         made = make_dataset(client, name or kind, plan, sent)
         console.print(made.id, highlight=False)
+
+
+def _classified(table: Path) -> list[Item]:
+    """The rows of a table of classes."""
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        names = list(rows.fieldnames or ())
+        if "volume_id" not in names:
+            fail(f"{table.name} has no column volume_id")
+        return [_classified_row(row, f"{table.name}, line {rows.line_num}") for row in rows]
+
+
+def _classified_row(row: dict[str, str], where: str) -> Item:
+    if None in row or None in row.values():
+        fail(f"{where}: not as many cells as columns")
+    volume_id, split = row.pop("volume_id"), row.pop("split", "")
+    known = {"1": 1, "0": 0, "": None}
+    if other := next((name for name, cell in row.items() if cell.strip() not in known), None):
+        fail(f"{where}: {other} is neither 1 nor 0 nor empty")
+    return volume_id, None, split or None, {name: known[cell.strip()] for name, cell in row.items()}
 
 
 def _plan(kind: str, folder: Path, options: Options) -> Plan:

@@ -17,6 +17,8 @@ from imaging.errors import ScanError
 from service import schemas
 from service.answers import ApiError
 from service.client import Client
+from service.client.scans import Item
+from service.schemas.datasets import MAX_ITEMS
 
 _SUBJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _OF_THE_SCAN = frozenset({413, 415, 422})
@@ -37,26 +39,28 @@ class Sent:
     """What the service has of a plan.
 
     Attributes:
-        items: Volume, labels and split, as `Client.create_dataset` takes them.
+        items: Volume, labels, split and classes, as `Client.create_dataset` takes them.
         refused: Cases that are not among them.
     """
 
-    items: tuple[tuple[str, str | None, str | None], ...]
+    items: tuple[Item, ...]
     refused: tuple[Refused, ...]
 
 
 def check_held(plan: Plan) -> tuple[str, ...]:
-    """What of the plan is lost in the service, which holds volumes of one channel and label maps.
+    """What of the plan is lost in the service.
+
+    It holds volumes of one channel and 2D images, with label maps and classes of whole scans.
 
     Raises:
         LayoutError: `not_held`: nothing sensible would be left.
     """
     shell = f"python -m trainer dataset {plan.kind} DIR --out DIR"
-    if plan.dims == 2:
+    if len(plan.cases) > MAX_ITEMS:
         raise LayoutError(
             "not_held",
-            "the service takes volumes, and these are 2D images; a training in a shell reads them "
-            f"({shell})",
+            f"a dataset of the service has {MAX_ITEMS} scans at most, this has {len(plan.cases)}; "
+            f"a training in a shell reads all ({shell})",
         )
     if len(plan.channels) > 1:
         raise LayoutError(
@@ -65,8 +69,11 @@ def check_held(plan: Plan) -> tuple[str, ...]:
             f"one with --channel, or all in a shell ({shell})",
         )
     lost = []
-    if num := sum(len(case.findings) for case in plan.cases):
-        lost.append(f"{num} findings ({', '.join(plan.classes)}) stay behind; see {shell}")
+    places = [one for case in plan.cases for one in case.findings if one.centre_mm is not None]
+    if places:
+        lost.append(
+            f"{len(places)} findings at places ({', '.join(plan.classes)}) stay behind; see {shell}"
+        )
     if plan.regions:
         lost.append(f"label values are kept, the regions {', '.join(plan.regions)} are a recipe's")
     return tuple(lost)
@@ -83,10 +90,10 @@ def send(client: Client, plan: Plan, on_case: Callable[[int, int], None] | None 
     Raises:
         ApiError: What has nothing to do with one scan: no room, no right, no answer.
     """
-    items: dict[str, tuple[str, str | None, str | None]] = {}
+    items: dict[str, Item] = {}
     refused: list[Refused] = []
     for done, case in enumerate(plan.cases, start=1):
-        found = _case(client, case, subject_of(plan.kind, case.patient))
+        found = _case(client, plan, case)
         if isinstance(found, Refused):
             refused.append(found)
         elif found[0] in items:
@@ -115,9 +122,11 @@ def subject_of(kind: str, patient: str) -> str:
     return f"{kind}-{hashlib.sha256(patient.encode()).hexdigest()[:32]}"
 
 
-def _case(client: Client, case: Case, subject: str) -> tuple[str, str | None, str | None] | Refused:
+def _case(client: Client, plan: Plan, case: Case) -> Item | Refused:
+    subject = subject_of(plan.kind, case.patient)
     try:
-        image = _volume(client, case.images[0], "image", subject)
+        kind: schemas.VolumeKind = "image_2d" if plan.dims == 2 else "image"
+        image = _volume(client, case.images[0], kind, subject)
         labels = _volume(client, case.labels, "labels", subject) if case.labels else None
     except ScanError as error:
         return Refused(case.id, error.code, error.detail)
@@ -125,7 +134,9 @@ def _case(client: Client, case: Case, subject: str) -> tuple[str, str | None, st
         if error.status not in _OF_THE_SCAN:
             raise
         return Refused(case.id, error.code, error.detail)
-    return image, labels, case.split
+    whole = [one.classes for one in case.findings if one.centre_mm is None]
+    classes = {name: value for known in whole for name, value in known.items()}
+    return image, labels, case.split, classes or None
 
 
 def _volume(client: Client, image: Image, kind: schemas.VolumeKind, subject: str) -> str:

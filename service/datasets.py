@@ -1,7 +1,8 @@
-"""Datasets: immutable, hashed lists of volumes with labels, split by subject.
+"""Datasets: immutable, hashed lists of scans with labels or classes, split by subject.
 
 Labels must lie on their image's grid, and a subject is in one split only: a patient who is in the
-training set and in the test set would make the test worthless.
+training set and in the test set would make the test worthless. The scans are volumes or 2D images:
+no recipe reads both.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +40,22 @@ GEOMETRY_TOLERANCE_MM = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A volume, perhaps with labels, perhaps with the split that the caller wants."""
+    """A scan, perhaps with labels or classes, perhaps with the split that the caller wants.
+
+    `classes` has 1 or 0 for each class of the whole scan; None, or a class that is not in it, is
+    not known.
+    """
 
     volume_id: str
     labels_id: str | None = None
     split: str | None = None
+    classes: Mapping[str, int | None] | None = None
+
+    @property
+    def known(self) -> dict[str, int] | None:
+        """The classes that are known, if any."""
+        found = {name: value for name, value in (self.classes or {}).items() if value is not None}
+        return found or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +79,11 @@ def create(
     """Make a dataset; the caller commits.
 
     Raises:
-        ServiceError: 404 `not_found` (a volume), 422 `wrong_volume_kind`,
-            `label_shape_mismatch`, `label_geometry_mismatch`, `split_leaks_subject`,
-            `invalid_request` (no item, a volume twice).
+        ServiceError: 404 `not_found` (a volume), 422 `wrong_volume_kind` (no image, or not what the
+            first item is), `label_shape_mismatch`, `label_geometry_mismatch`,
+            `split_leaks_subject`, `invalid_request` (no item, a volume twice).
     """
-    images = [volumes.get(session, item.volume_id, kind="image") for item in items]
+    images = _images(session, items)
     if not items or len({image.id for image in images}) < len(images):
         raise ServiceError(
             422, "invalid_request", "a dataset has at least one volume, and each of them once"
@@ -89,10 +101,11 @@ def create(
             position=position,
             volume_id=image.id,
             labels_id=label.id if label is not None else None,
+            classes=item.known,
             subject=image.subject,
             split=split_of[image.subject],
         )
-        for position, (image, label) in enumerate(zip(images, labels, strict=True))
+        for position, (item, image, label) in enumerate(zip(items, images, labels, strict=True))
     ]
     dataset = Dataset(
         id=new_id("ds"),
@@ -128,6 +141,23 @@ def items_of(session: Session, dataset_id: str) -> Sequence[DatasetItem]:
         .where(DatasetItem.dataset_id == dataset_id)
         .order_by(DatasetItem.position)
     ).all()
+
+
+def require_kind(session: Session, dataset_id: str, kind: str) -> None:
+    """Refuse a dataset of other scans than of this kind: `image` or `image_2d`.
+
+    Raises:
+        ServiceError: 422 `wrong_volume_kind`, naming the first scan.
+    """
+    other = session.scalars(
+        select(Volume)
+        .join(DatasetItem, DatasetItem.volume_id == Volume.id)
+        .where(DatasetItem.dataset_id == dataset_id, Volume.kind != kind)
+        .order_by(DatasetItem.position)
+        .limit(1)
+    ).first()
+    if other is not None:
+        raise volumes.wrong_kind(other, kind)
 
 
 def listing(session: Session, *, size: int = 50, after: Cursor | None = None) -> Page[Dataset]:
@@ -193,12 +223,26 @@ def check_labels(image: Volume, labels: Volume) -> None:
         )
 
 
+def _images(session: Session, items: Sequence[Item]) -> list[Volume]:
+    """What the items are of; the first says whether all are volumes or all 2D images."""
+    images: list[Volume] = []
+    for item in items:
+        image = volumes.get(session, item.volume_id)
+        is_2d = image.kind == "image_2d" if not images else images[0].kind == "image_2d"
+        kind = "image_2d" if is_2d else "image"
+        if image.kind != kind:
+            raise volumes.wrong_kind(image, kind)
+        images.append(image)
+    return images
+
+
 def _splits(items: Sequence[Item], images: Sequence[Volume], split: Split) -> dict[str, str]:
     """Split of every subject: as asked where items say so, the rest by share."""
     asked: dict[str, str] = {}
     has_labels: dict[str, bool] = defaultdict(bool)
     for item, image in zip(items, images, strict=True):
-        has_labels[image.subject] |= item.labels_id is not None
+        has_finding = 1 in (item.known or {}).values()
+        has_labels[image.subject] |= item.labels_id is not None or has_finding
         if item.split is None:
             continue
         if item.split not in SPLITS:
@@ -230,7 +274,7 @@ def _corner_distance_mm(image: Volume, labels: Volume) -> float:
 
 
 def _digest(rows: Iterable[tuple[DatasetItem, Volume, Volume | None]]) -> str:
-    """SHA-256 over what training sees: voxels, geometry, labels, subjects and split."""
+    """SHA-256 over what training sees: voxels, geometry, labels, classes, subjects and split."""
     content: list[Any] = [
         {
             "image": image.voxels_sha256,
@@ -238,6 +282,7 @@ def _digest(rows: Iterable[tuple[DatasetItem, Volume, Volume | None]]) -> str:
             "labels": labels.voxels_sha256 if labels is not None else None,
             "subject": item.subject,
             "split": item.split,
+            **({"classes": item.classes} if item.classes else {}),  # older digests have none
         }
         for item, image, labels in rows
     ]

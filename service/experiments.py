@@ -21,7 +21,7 @@ from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
 from models.experiment.plan import Cell, Method, Plan, cells, extended, recipe_of
-from service import datasets, registry, runs
+from service import datasets, registry, runs, trainable
 from service.db import (
     TERMINAL,
     Cursor,
@@ -86,8 +86,9 @@ def create(
     """Plan an experiment; the caller commits, then rings for the runs.
 
     Raises:
-        ServiceError: 404 `not_found`; 422 `dataset_without_labels` if nothing labelled trains or
-            tests; 422 `split_leaks_subject` if a pretraining would see who validates or tests.
+        ServiceError: 404 `not_found`; 422 `wrong_volume_kind` if a recipe reads no such scans, 422
+            `dataset_without_labels` if nothing labelled trains or tests, 422 `split_leaks_subject`
+            if a pretraining would see who validates or tests.
     """
     _check_datasets(session, source_dataset_id, target_dataset_id, plan)
     experiment = Experiment(
@@ -368,17 +369,12 @@ def _pretraining_failed(parent: Standing) -> dict[str, str]:
 
 def _check_datasets(session: Session, source_id: str, target_id: str, plan: Plan) -> None:
     source, target = datasets.get(session, source_id), datasets.get(session, target_id)
-    items = datasets.items_of(session, target.id)
-    for split in ("train", "test"):
-        if not any(item.split == split and item.labels_id is not None for item in items):
-            raise ServiceError(
-                422,
-                "dataset_without_labels",
-                f"none of the target's {len(items)} volumes has labels and is in its {split} "
-                "split; an experiment needs at least one",
-            )
-    if all(method.pretrain is None for method in plan.methods):
+    trainable.require(session, target.id, plan.finetune, judged=True)
+    pretrainings = [method.pretrain for method in plan.methods if method.pretrain is not None]
+    if not pretrainings:
         return
+    trainable.require(session, source.id, pretrainings[0])  # all have one network
+    items = datasets.items_of(session, target.id)
     held_out = {item.subject for item in items if item.split != "train"}
     trained = {
         item.subject for item in datasets.items_of(session, source.id) if item.split == "train"

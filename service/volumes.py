@@ -141,13 +141,18 @@ def get(session: Session, volume_id: str, *, kind: str | None = None) -> Volume:
     if volume is None:
         raise ServiceError(404, "not_found", "no volume has this id")
     if kind is not None and volume.kind != kind:
-        raise ServiceError(
-            422,
-            "wrong_volume_kind",
-            f"volume {volume.id} is of kind {volume.kind}; {kind} is needed",
-            extra={"found": volume.kind, "expected": kind},
-        )
+        raise wrong_kind(volume, kind)
     return volume
+
+
+def wrong_kind(volume: Volume, kind: str) -> ServiceError:
+    """The refusal of a volume that is not of `kind`."""
+    return ServiceError(
+        422,
+        "wrong_volume_kind",
+        f"volume {volume.id} is of kind {volume.kind}; {kind} is needed",
+        extra={"volume_id": volume.id, "found": volume.kind, "expected": kind},
+    )
 
 
 def listing(

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not is_rank and getattr(args, "processes", 1) != 1:
             recipe = read_recipe(args.recipe, args.command)
-            assert isinstance(recipe, PretrainRecipe)
+            assert isinstance(recipe, PretrainRecipe | PretrainRecipe2d)
             if (num_processes := launch.choose(recipe, args.processes)) > 1:
                 return _end_with(launch.launch(arguments, num_processes))
         _run(args, report, stop)

@@ -140,6 +140,7 @@ def _scans(worker: Worker, dataset_id: str) -> dict[str, Any]:
                 "id": item.volume_id,
                 "image": str(worker.store.verify(image)),
                 "labels": str(worker.store.verify(labels)) if labels is not None else None,
+                "examples": [{"classes": item.classes}] if item.classes else [],
                 "subject": item.subject,
                 "split": item.split,
             }

@@ -18,6 +18,7 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, mode
 
 from models.recipe import (
     AnyClassify,
+    AnyForm,
     AnyPretrain,
     ClassifyRecipe,
     ClassifyRecipe2d,
@@ -37,12 +38,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Pretrain = Annotated[
     Annotated[PretrainRecipe, Tag("pretrain")] | Annotated[PretrainRecipe2d, Tag("pretrain_2d")],
     Discriminator(recipe_form),
+    AnyForm(),
 ]
 Finetune = Annotated[
     Annotated[FinetuneRecipe, Tag("finetune")]
     | Annotated[ClassifyRecipe, Tag("classify")]
     | Annotated[ClassifyRecipe2d, Tag("classify_2d")],
     Discriminator(recipe_form),
+    AnyForm(),
 ]
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, GetJsonSchemaHandler, Tag
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from models.recipe.c2l import C2l
 from models.recipe.cpc3d import Cpc3d
@@ -64,6 +66,7 @@ __all__ = [
     "METHODS",
     "TISSUE_HU",
     "AnyClassify",
+    "AnyForm",
     "AnyMethod",
     "AnyPretrain",
     "AnyRecipe",
@@ -135,6 +138,21 @@ def recipe_form(given: object) -> str | None:
     return f"{kind}_2d" if in_2d and has_2d else kind if isinstance(kind, str) else None
 
 
+class AnyForm:
+    """Has the JSON schema of a recipe say that it may fit several forms, not that it fits one.
+
+    One without a `network` fits the schema of 3D and of 2D; `recipe_form` says which it is.
+    """
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The schema of the union, with `anyOf` for `oneOf`."""
+        schema = handler(core_schema)
+        schema["anyOf"] = schema.pop("oneOf")
+        return schema
+
+
 Recipe = Annotated[
     Annotated[PretrainRecipe, Tag("pretrain")]
     | Annotated[PretrainRecipe2d, Tag("pretrain_2d")]
@@ -142,5 +160,6 @@ Recipe = Annotated[
     | Annotated[ClassifyRecipe, Tag("classify")]
     | Annotated[ClassifyRecipe2d, Tag("classify_2d")],
     Discriminator(recipe_form),
+    AnyForm(),
 ]
 """Told apart by `kind`, and by `network.kind` where there are both."""

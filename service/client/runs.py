@@ -37,7 +37,10 @@ class Runs(Transport):
         model_name: str,
         parent: str | None = None,
     ) -> schemas.Run:
-        """Start a fine-tuning, from a parent (a model, or the run of one) or from nothing."""
+        """Start a fine-tuning, from a parent (a model, or the run of one) or from nothing.
+
+        A recipe of kind `classify` makes a classifier, any other a segmenter.
+        """
         body = {
             "kind": "finetune",
             "dataset_id": dataset_id,

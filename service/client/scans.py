@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,13 @@ PIECES_FROM_BYTES = 8 << 20
 PATIENCE_S = 120.0
 """How long an upload goes on asking a service that does not answer."""
 
-Item = tuple[str, str | None] | tuple[str, str | None, str | None]
-"""Image id, labels id or None, and perhaps the split."""
+Classes = Mapping[str, int | None] | None
+Item = (
+    tuple[str, str | None]
+    | tuple[str, str | None, str | None]
+    | tuple[str, str | None, str | None, Classes]
+)
+"""Image id, labels id or None, perhaps the split or None, and perhaps classes of the whole scan."""
 
 
 class Scans(Transport):
@@ -101,11 +106,12 @@ class Scans(Transport):
     def create_dataset(
         self, name: str, items: Sequence[Item], *, split: schemas.SplitCreate | None = None
     ) -> schemas.Dataset:
-        """Make a dataset of volumes with labels."""
+        """Make a dataset of scans with labels or classes."""
         body = {
             "name": name,
             "items": [
-                dict(zip(("volume_id", "labels_id", "split"), item, strict=False)) for item in items
+                dict(zip(("volume_id", "labels_id", "split", "classes"), item, strict=False))
+                for item in items
             ],
             "split": split.model_dump(mode="json") if split is not None else None,
         }

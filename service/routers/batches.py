@@ -44,9 +44,7 @@ router = deps.router("batches")
     operation_id="create_batch",
     summary="Run a model on every scan of a dataset",
     response_model=schemas.Batch,
-    responses=docs.problems(
-        *(one for one in inference.CREATE_PROBLEMS if one != "wrong_volume_kind")
-    ),
+    responses=docs.problems(*inference.CREATE_PROBLEMS),
 )
 async def create_batch(
     ask: schemas.BatchCreate,

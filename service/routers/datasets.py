@@ -36,7 +36,7 @@ router = deps.router("datasets")
 def create_dataset(
     ask: schemas.DatasetCreate, caller: deps.Researcher, once: deps.OnceOf, request: Request
 ) -> JSONResponse:
-    """Freeze a list of volumes with labels, split by subject."""
+    """Freeze a list of scans with labels or classes, split by subject."""
 
     def work(session: Session) -> Answer:
         drawn = ask.split or schemas.SplitCreate()
@@ -44,7 +44,7 @@ def create_dataset(
             session,
             name=ask.name,
             items=[
-                datasets.Item(item.volume_id, labels_id=item.labels_id, split=item.split)
+                datasets.Item(item.volume_id, item.labels_id, item.split, item.classes)
                 for item in ask.items
             ],
             split=datasets.Split(

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from models.bundle import WEIGHTS
-from models.recipe import FinetuneRecipe
-from service import datasets, db, events, registry, runs, schemas
+from models.recipe import AnyClassify, AnyRecipe, FinetuneRecipe
+from service import datasets, db, events, registry, runs, schemas, trainable
 from service.auth import Role
 from service.errors import ServiceError
 from service.idempotency import Answer
@@ -52,6 +52,7 @@ router = deps.router("runs")
         "request_too_large",
         "invalid_request",
         "wrong_model_kind",
+        "wrong_volume_kind",
         "incompatible_parent",
         "dataset_without_labels",
         "idempotency_mismatch",
@@ -66,7 +67,7 @@ async def create_run(
     settings: deps.SettingsOf,
     prefer: answers.PreferOf = None,
 ) -> JSONResponse:
-    """Queue a pretraining or a fine-tuning."""
+    """Queue a pretraining or a fine-tuning: segmentation or classification, by its recipe."""
     if ask.priority > 0 and not caller.role.covers(Role.ADMIN):
         raise ServiceError(
             403,
@@ -197,24 +198,21 @@ def cancel_run(
 
 def _check(session: Session, ask: schemas.RunCreate) -> db.ModelVersion | None:
     """Refuse what could only fail later; the parent's version if there is one."""
-    dataset = datasets.get(session, ask.dataset_id)
-    items = datasets.items_of(session, dataset.id)
-    if isinstance(ask.recipe, FinetuneRecipe) and not any(
-        item.split == "train" and item.labels_id is not None for item in items
-    ):
-        raise ServiceError(
-            422,
-            "dataset_without_labels",
-            f"none of the dataset's {len(items)} volumes has labels and is in its train split; "
-            "fine-tuning needs at least one",
-        )
-    made = "segmenter" if isinstance(ask.recipe, FinetuneRecipe) else "encoder"
-    registry.check_name(session, ask.model_name, made)
+    datasets.get(session, ask.dataset_id)
+    trainable.require(session, ask.dataset_id, ask.recipe)
+    registry.check_name(session, ask.model_name, _made_by(ask.recipe))
     if ask.parent is None:
         return None
     parent = _parent(session, ask.parent)
     _check_parent(parent, ask)
     return parent
+
+
+def _made_by(recipe: AnyRecipe) -> str:
+    """The kind of model that comes of a recipe."""
+    if isinstance(recipe, FinetuneRecipe):
+        return "segmenter"
+    return "classifier" if isinstance(recipe, AnyClassify) else "encoder"
 
 
 def _parent(session: Session, ref: str) -> db.ModelVersion:

@@ -48,6 +48,7 @@ def dataset(row: db.Dataset, items: Sequence[db.DatasetItem]) -> schemas.Dataset
                 {
                     "volume_id": item.volume_id,
                     "labels_id": item.labels_id,
+                    "classes": item.classes,
                     "subject": item.subject,
                     "split": item.split,
                 }

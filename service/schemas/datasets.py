@@ -1,12 +1,13 @@
-"""Datasets: volumes with labels, split by subject."""
+"""Datasets: scans with labels or classes, split by subject."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from models.recipe import LabelName
 from service.schemas.base import (
     HEX,
     SHA,
@@ -22,12 +23,23 @@ from service.schemas.base import (
     page_of,
 )
 
+MAX_ITEMS = 10_000
+MAX_CLASSES = 100
+"""Of one scan; CheXpert has 14."""
+
 
 class DatasetItemCreate(Ask):
-    """A volume of a new dataset."""
+    """A volume or a 2D image of a new dataset."""
 
     volume_id: VolumeId
     labels_id: VolumeId | None = None
+    classes: (
+        Annotated[dict[LabelName, Literal[0, 1] | None], Field(max_length=MAX_CLASSES)] | None
+    ) = Field(
+        None,
+        description="What is known of the whole scan, for classification: 1 or 0 for each class; "
+        "null, or a class that is not named, is not known.",
+    )
     split: Split | None = Field(None, description="Of its subject; drawn by `split` if absent.")
 
 
@@ -41,7 +53,7 @@ class SplitCreate(Ask):
 
 
 class DatasetCreate(Ask):
-    """A new dataset: immutable once made."""
+    """A new dataset: immutable once made; of volumes or of 2D images, as its first item is."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -57,21 +69,31 @@ class DatasetCreate(Ask):
                             "split": "train",
                         }
                     ],
-                }
+                },
+                {
+                    "name": "Chest films",
+                    "items": [
+                        {
+                            "volume_id": f"vol_{HEX}",
+                            "classes": {"nodule": 1, "effusion": 0, "mass": None},
+                        }
+                    ],
+                },
             ]
         },
     )
 
     name: Title
-    items: Annotated[tuple[DatasetItemCreate, ...], Field(min_length=1, max_length=10_000)]
+    items: Annotated[tuple[DatasetItemCreate, ...], Field(min_length=1, max_length=MAX_ITEMS)]
     split: SplitCreate | None = None
 
 
 class DatasetItem(Answer):
-    """A volume of a dataset."""
+    """A volume or a 2D image of a dataset."""
 
     volume_id: VolumeId
     labels_id: VolumeId | None
+    classes: dict[str, int] | None = Field(None, description="1 or 0 for each class that is known.")
     subject: str
     split: Split
 
@@ -95,12 +117,12 @@ class DatasetSummary(Answer):
 
     id: DatasetId
     name: str
-    digest: Sha256 = Field(description="Of the volumes, labels, subjects and splits.")
+    digest: Sha256 = Field(description="Of the scans, labels, classes, subjects and splits.")
     created_at: datetime
 
 
 class Dataset(DatasetSummary):
-    """An immutable list of volumes with labels and a split by subject."""
+    """An immutable list of scans with labels or classes and a split by subject."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -115,6 +137,7 @@ class Dataset(DatasetSummary):
                         {
                             "volume_id": f"vol_{HEX}",
                             "labels_id": None,
+                            "classes": {"nodule": 1, "effusion": 0},
                             "subject": "subject-001",
                             "split": "train",
                         }

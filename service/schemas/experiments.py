@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
-from models.experiment.plan import MAX_CELLS, Budget, Method, Plan, Ratio, Seed
-from models.recipe import FinetuneRecipe, PretrainRecipe
+from models.experiment.plan import MAX_CELLS, Budget, Finetune, Method, Plan, Ratio, Seed
 from service.schemas.base import (
     HEX,
     TIME,
@@ -22,7 +21,7 @@ from service.schemas.base import (
     Title,
     page_of,
 )
-from service.schemas.runs import Progress, RunError
+from service.schemas.runs import Progress, RunError, require_trained_here
 
 CellState = State | Literal["waiting"]
 _METHODS: list[JsonValue] = [
@@ -30,6 +29,7 @@ _METHODS: list[JsonValue] = [
     {"name": "scratch", "pretrain": None},
 ]
 _FINETUNE: dict[str, JsonValue] = {"kind": "finetune", "labels": {"liver": 1}, "num_steps": 5000}
+_NETWORK_2D: dict[str, JsonValue] = {"kind": "resnet18_unet2d"}
 MAX_METHODS = 32
 
 
@@ -50,7 +50,21 @@ class ExperimentCreate(Ask):
                     "ratios": [0.1, 0.2, 0.5, 1.0],
                     "seeds": [0, 1, 2],
                     "budget": {"pretrain_steps": 20000, "finetune_steps": 5000},
-                }
+                },
+                {
+                    "name": "What PCRL buys for chest films",
+                    "source_dataset_id": f"ds_{HEX}",
+                    "target_dataset_id": f"ds_{HEX}",
+                    "methods": [
+                        {"name": "pcrl", "pretrain": {"kind": "pretrain", "network": _NETWORK_2D}},
+                        {"name": "scratch", "pretrain": None},
+                    ],
+                    "finetune": {
+                        "kind": "classify",
+                        "network": _NETWORK_2D,
+                        "labels": ["nodule", "effusion"],
+                    },
+                },
             ]
         },
     )
@@ -63,7 +77,7 @@ class ExperimentCreate(Ask):
     methods: Annotated[tuple[Method, ...], Field(min_length=1, max_length=MAX_METHODS)] = Field(
         description="The first is the one in question, compared with every other."
     )
-    finetune: FinetuneRecipe
+    finetune: Finetune = Field(description="Segmentation (`finetune`) or `classify`.")
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=32)] = (0.1, 0.2, 0.5, 1.0)
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=32)] = (0, 1, 2)
     pretrain_per: Literal["seed", "method"] = "seed"
@@ -71,9 +85,8 @@ class ExperimentCreate(Ask):
 
     @model_validator(mode="after")
     def _served_here(self) -> Self:
-        _require_volumes(self.methods)
-        if len(self.finetune.channels) > 1:
-            raise ValueError("a volume here is one image; use `python -m trainer experiment`")
+        _require_trained_here(self.methods)
+        require_trained_here(self.finetune)
         self.plan()
         return self
 
@@ -101,7 +114,7 @@ class ExperimentExtend(Ask):
 
     @model_validator(mode="after")
     def _served_here(self) -> Self:
-        _require_volumes(self.methods)
+        _require_trained_here(self.methods)
         return self
 
 
@@ -198,10 +211,7 @@ class ExperimentCells(Answer):
     items: tuple[ExperimentCell, ...]
 
 
-def _require_volumes(methods: tuple[Method, ...]) -> None:
-    """Only pretrainings of volumes: the service has no 2D images."""
+def _require_trained_here(methods: tuple[Method, ...]) -> None:
     for method in methods:
-        if method.pretrain is not None and not isinstance(method.pretrain, PretrainRecipe):
-            raise ValueError(
-                f"{method.name} is pretrained on 2D images; use `python -m trainer experiment`"
-            )
+        if method.pretrain is not None:
+            require_trained_here(method.pretrain)

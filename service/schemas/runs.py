@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from models.recipe import FinetuneRecipe, PretrainRecipe
+from models.recipe import AnyPretrain, AnyRecipe, ClassifyRecipe, Recipe
 from service.schemas.base import (
     HEX,
     SHA,
@@ -34,7 +34,11 @@ class Requires(Ask):
 
 
 class RunCreate(Ask):
-    """A training to do. `recipe.kind` may be left out; it is `kind`."""
+    """A training to do. `recipe.kind` may be left out; it is `kind`.
+
+    A fine-tuning's recipe is of kind `finetune` (segmentation) or `classify`. Recipes whose network
+    is `resnet18_unet2d` are of 2D images.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -60,13 +64,30 @@ class RunCreate(Ask):
                     "parent": "models:/abdomen-encoder@latest",
                     "recipe": {"kind": "finetune", "labels": {"liver": 1, "tumour": 2}},
                 },
+                {
+                    "kind": "pretrain",
+                    "dataset_id": f"ds_{HEX}",
+                    "model_name": "chest-encoder",
+                    "recipe": {"kind": "pretrain", "network": {"kind": "resnet18_unet2d"}},
+                },
+                {
+                    "kind": "finetune",
+                    "dataset_id": f"ds_{HEX}",
+                    "model_name": "chest-findings",
+                    "parent": "models:/chest-encoder@latest",
+                    "recipe": {
+                        "kind": "classify",
+                        "network": {"kind": "resnet18_unet2d"},
+                        "labels": ["nodule", "effusion"],
+                    },
+                },
             ]
         },
     )
 
     kind: Literal["pretrain", "finetune"]
     dataset_id: DatasetId
-    recipe: Annotated[PretrainRecipe | FinetuneRecipe, Field(discriminator="kind")]
+    recipe: Recipe
     parent: ModelReference | None = Field(
         None, description="Of fine-tuning, what it starts from: an encoder, or the run of one."
     )
@@ -87,16 +108,36 @@ class RunCreate(Ask):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if self.recipe.kind != self.kind:
+        if (self.kind == "pretrain") != isinstance(self.recipe, AnyPretrain):
             raise ValueError(f"kind is {self.kind}, the recipe's kind is {self.recipe.kind}")
         if self.kind == "pretrain" and self.parent is not None:
             raise ValueError("pretraining starts from nothing: parent must be absent")
-        if isinstance(self.recipe, FinetuneRecipe) and len(self.recipe.channels) > 1:
-            raise ValueError(
-                f"a volume here is one image, the recipe reads {len(self.recipe.channels)}; "
-                "use `python -m trainer finetune`"
-            )
+        require_trained_here(self.recipe)
         return self
+
+
+def require_trained_here(recipe: AnyRecipe) -> None:
+    """Refuse a recipe of what the service does not hold.
+
+    Raises:
+        ValueError: Several channels, places in scans, weights from a file.
+    """
+    if isinstance(recipe, AnyPretrain):
+        if recipe.method.name == "imagenet":
+            raise ValueError(
+                "imagenet takes its weights from a file; use `python -m trainer pretrain`"
+            )
+        return
+    if len(recipe.channels) > 1:
+        raise ValueError(
+            f"a volume here is one image, the recipe reads {len(recipe.channels)}; "
+            "use `python -m trainer finetune`"
+        )
+    if isinstance(recipe, ClassifyRecipe) and recipe.crop == "centre":
+        raise ValueError(
+            "classes here are of whole scans: crop must be `whole`; for places in scans use "
+            "`python -m trainer finetune`"
+        )
 
 
 class Progress(Answer):

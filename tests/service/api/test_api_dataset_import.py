@@ -7,9 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813  # its usual name
+from PIL import Image
 from typer.testing import CliRunner
 
 from imaging.datasets import read_layout
+from service import dataset_import
 from service.cli import app
 from service.client import Client
 from service.dataset_import import send, subject_of
@@ -86,7 +88,7 @@ def test_a_metaimage_pair_arrives_where_its_header_says(api, url, tmp_path):
         volume = client.volume(sent[0].items[0][0])
 
     assert sent[0] == sent[1] and not sent[0].refused
-    assert sent[0].items[0][1:] == (None, "train")
+    assert sent[0].items[0][1:] == (None, "train", None)
     assert volume.format == "metaimage" and list(volume.shape) == [7, 6, 5]
     corner = np.array(volume.affine) @ [6, 5, 0, 1]  # the first voxel of the file, in RAS+
     assert np.allclose(corner[:3], (-10, -20, 30))
@@ -113,14 +115,43 @@ def test_one_channel_of_a_4d_file_is_sent_when_it_is_asked_for(pcrl, api, url, t
     assert np.array_equal(back.get_fdata(), sent.get_fdata()[..., 1])
 
 
-def test_2d_images_are_refused_by_name_before_anything_is_sent(pcrl, tmp_path):
-    table = "Image Index,Finding Labels,Patient ID\na.png,No Finding,1\n"
-    (tmp_path / "Data_Entry_2017.csv").write_text(table)
-    (tmp_path / "a.png").write_bytes(b"not looked at")
+@pytest.fixture
+def chest14(tmp_path: Path) -> Path:
+    """Three films of two patients."""
+    folder = tmp_path / "chest14"
+    folder.mkdir()
+    rows = ["a.png,Mass|Nodule,1", "b.png,Effusion,1", "c.png,No Finding,2"]
+    table = "\n".join(["Image Index,Finding Labels,Patient ID", *rows, ""])
+    (folder / "Data_Entry_2017.csv").write_text(table)
+    for name in "abc":
+        Image.fromarray(RANDOM.integers(0, 255, (20, 24), "u1")).save(folder / f"{name}.png")
+    return folder
 
-    output = pcrl("dataset", "import", "chest14", tmp_path, status=65)
+
+def test_films_become_a_dataset_with_classes_and_patients(pcrl, api, url, chest14):
+    output = pcrl("dataset", "import", "chest14", chest14)
+
+    with Client(url, api.tokens["admin"]) as client:
+        made = client.dataset(output.split()[-1])
+        volume = client.volume(made.items[0].volume_id)
+    assert (volume.kind, volume.shape, volume.affine) == ("image_2d", (20, 24), None)
+    assert [item.subject for item in made.items] == ["chest14-1", "chest14-1", "chest14-2"]
+    present = [{name for name, value in item.classes.items() if value} for item in made.items]
+    assert present == [{"mass", "nodule"}, {"effusion"}, set()]
+    assert len(made.items[2].classes) == 14  # the control: what is absent is known to be
+
+
+def test_more_scans_than_a_dataset_has_are_refused_before_anything_is_sent(
+    pcrl, chest14, monkeypatch
+):
+    monkeypatch.setattr(dataset_import, "MAX_ITEMS", 2)
+
+    output = pcrl("dataset", "import", "chest14", chest14, status=65)
 
     assert "not_held" in output and "python -m trainer dataset chest14" in output
+
+
+def test_what_has_no_reader_is_refused(pcrl, tmp_path):
     assert "no reader is called mnist" in pcrl("dataset", "import", "mnist", tmp_path, status=65)
 
 
@@ -142,3 +173,35 @@ def test_patients_get_names_that_the_service_takes():
     assert subject_of("luna16", long) == subject_of("luna16", long) != subject_of("luna16", "1")
     assert len(subject_of("luna16", long)) <= 64
     assert " " not in subject_of("nnunet", "a b")
+
+
+def test_a_table_of_classes_becomes_a_dataset(pcrl, api, url, chest14, tmp_path):
+    sent = pcrl("upload", "--kind", "image_2d", *sorted(chest14.glob("*.png")))
+    ids = [word for word in sent.split() if word.startswith("vol_")]
+    table = tmp_path / "classes.csv"
+    rows = ["volume_id,split,nodule,mass", f"{ids[0]},train,1,", f"{ids[1]},,0,1"]
+    table.write_text("\n".join(rows))
+
+    output = pcrl("dataset", "create", "Films", ids[2], "--classes", table)
+
+    with Client(url, api.tokens["admin"]) as client:
+        made = client.dataset(output.split()[-1])
+    assert [item.volume_id for item in made.items] == [ids[2], ids[0], ids[1]]
+    assert [item.classes for item in made.items] == [None, {"nodule": 1}, {"nodule": 0, "mass": 1}]
+    assert made.items[1].split == "train"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("id,nodule\nvol_1,1\n", "no column volume_id"),
+        ("volume_id,nodule\nvol_1,maybe\n", "nodule is neither 1 nor 0 nor empty"),
+        ("volume_id,nodule\nvol_1\n", "line 2: not as many cells"),
+        ("volume_id,nodule\nvol_1,1,0\n", "line 2: not as many cells"),
+    ],
+)
+def test_a_table_that_is_not_understood_is_refused(pcrl, tmp_path, text, says):
+    table = tmp_path / "classes.csv"
+    table.write_text(text)
+
+    assert says in pcrl("dataset", "create", "Films", "--classes", table, status=65)
