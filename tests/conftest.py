@@ -180,7 +180,7 @@ def newest_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def migrated(newest_sqlite: Path) -> Callable[[str], None]:
     """Brings an empty database to the newest revision; on SQLite by a copy of one that is there.
 

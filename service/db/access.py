@@ -33,7 +33,7 @@ class Idempotency(Base):
 
     __tablename__ = "idempotency"
     principal: Mapped[str] = mapped_column(String(40), primary_key=True)
-    route: Mapped[str] = mapped_column(String(120), primary_key=True)
+    route: Mapped[str] = mapped_column(String(250), primary_key=True)
     key: Mapped[str] = mapped_column(String(200), primary_key=True)
     request_sha256: Mapped[str] = mapped_column(String(64))
     status: Mapped[int | None]

@@ -210,11 +210,13 @@ def examine(database_url, *, examples, is_control=False):
         engine.dispose()
 
 
+@pytest.mark.timeout(600)  # at length in `make chaos-full`
 def test_t_c9_the_invariants_hold_on_sqlite(sqlite_url):
     examine(sqlite_url, examples=8)
 
 
 @pytest.mark.services
+@pytest.mark.timeout(600)
 def test_t_c9_the_invariants_hold_on_postgresql(postgres_url):
     examine(postgres_url, examples=4)
 

@@ -6,12 +6,11 @@ Every response that passes through `Api` must have a status that its operation d
 import io
 import json
 import re
-import shutil
 import socket
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import func, make_url, select
+from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
 from imaging.phantom import make, write_pair
@@ -152,18 +151,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items[:] = others[:end] + fuzzing + others[end:]
 
 
+Migrated = Callable[[str], None]
+
+
 @pytest.fixture(scope="session")
-def api(tmp_path_factory: pytest.TempPathFactory, newest_sqlite: Path) -> Iterator[Api]:
+def api(tmp_path_factory: pytest.TempPathFactory, migrated: Migrated) -> Iterator[Api]:
     """The app over its own data folder, with a token for each role."""
-    yield from _serve(tmp_path_factory.mktemp("api"), newest_sqlite)
+    yield from _serve(tmp_path_factory.mktemp("api"), migrated)
 
 
-def _serve(folder: Path, newest: Path, **options: Any) -> Iterator[Api]:
+def _serve(folder: Path, migrated: Migrated, **options: Any) -> Iterator[Api]:
     settings = Settings(data_dir=folder, min_free_bytes=0, **options)
-    path = make_url(settings.database_url).database
-    assert path is not None and not Path(path).exists()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(newest, path)
+    migrated(settings.database_url)
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as http:
         with app.state.sessions() as session:
@@ -338,12 +337,12 @@ def register(
 
 
 @pytest.fixture
-def serve(tmp_path: Path, newest_sqlite: Path) -> Iterator[Any]:
+def serve(tmp_path: Path, migrated: Migrated) -> Iterator[Any]:
     """Makes an app of a test's own, with settings of its own."""
     running: list[Iterator[Api]] = []
 
     def start(**options: Any) -> Api:
-        served = _serve(tmp_path / str(len(running)), newest_sqlite, **options)
+        served = _serve(tmp_path / str(len(running)), migrated, **options)
         running.append(served)
         return next(served)
 

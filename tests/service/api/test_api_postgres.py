@@ -58,6 +58,16 @@ def test_of_many_equal_requests_at_once_one_creates(pg, volume):
     assert len(pg("GET", "/datasets").json()["items"]) == 1
 
 
+def test_a_request_that_names_a_model_of_the_longest_name_has_room_for_its_path(pg, new_model):
+    name = "m" * 100
+    new_model(pg, name, "encoder")
+    path = f"/models/{name}/versions/1:check"
+
+    answer = pg("POST", path, headers={"Idempotency-Key": "k"})
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "no_golden_cases")
+
+
 def test_an_abandoned_key_is_taken_over(pg, volume):
     key = {"Idempotency-Key": "left-behind"}
     body = {"name": "d", "items": [{"volume_id": volume}]}
