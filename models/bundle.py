@@ -362,6 +362,17 @@ def volume_input(manifest: Manifest) -> tuple[Preprocessing, Size]:
     return spec, patch
 
 
+def image_input(manifest: Manifest) -> Preprocessing2d:
+    """How a model that reads 2D images wants them.
+
+    Raises:
+        BundleError: `wrong_model_kind`, the model reads volumes.
+    """
+    if not isinstance(manifest.preprocessing, Preprocessing2d):
+        raise BundleError("wrong_model_kind", "the model reads volumes, and this is a 2D image")
+    return manifest.preprocessing
+
+
 def features_of(manifest: Manifest) -> TensorSpec | None:
     """The output with a segmenter's features; None where it has none, or is another model."""
     if manifest.kind != "segmenter":

@@ -90,12 +90,12 @@ class Segmentation:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A volume as one point on the unit sphere."""
+    """A scan as one point on the unit sphere."""
 
     vector: Float32Array
     """(E,), unit length."""
     num_windows: int
-    """Windows with a body in them, over which the mean was taken."""
+    """Windows with a body in them, over which the mean was taken; 1 for a 2D image."""
     timings_s: dict[str, float]
     """Stages `preprocess`, `infer`, and `total`."""
     ood: OutOfDistribution
@@ -286,7 +286,7 @@ def embed(
             `OnnxSession.run` raises.
         Stopped: `should_stop` turned true.
     """
-    _require_kind(session.manifest, "encoder")
+    require_kind(session.manifest, "encoder")
     spec, patch = volume_input(session.manifest)
     clock = Clock()
     at_once = batch_size(patch)
@@ -324,12 +324,23 @@ def embed(
             total = total + weights @ embeddings.astype(np.float64)  # (E,)
             counter.after_batch(len(chunk))
     pace.learn(session, counter.total * math.prod(patch), clock.spent("infer"))
+    vector, distance = on_the_sphere(total, session)
+    return Embedding(vector, num_bodies, clock.timings_s(), distance)
+
+
+def on_the_sphere(
+    total: NDArray[np.floating], session: OnnxSession
+) -> tuple[Float32Array, OutOfDistribution]:
+    """A vector (E,) at unit length, and how far that is from the training scans.
+
+    Raises:
+        BundleError: `degenerate_embedding`: it is zero.
+    """
     length = float(np.linalg.norm(total))
     if length == 0.0:
-        raise BundleError("degenerate_embedding", "the encoder gives a zero vector for this volume")
+        raise BundleError("degenerate_embedding", "the encoder gives a zero vector for this scan")
     vector = (total / length).astype(np.float32)
-    distance = reference.judged(vector, session.manifest, session.reference)
-    return Embedding(vector, num_bodies, clock.timings_s(), distance)
+    return vector, reference.judged(vector, session.manifest, session.reference)
 
 
 class Clock:
@@ -358,7 +369,12 @@ class Clock:
         return {name: round(spent, 3) for name, spent in (*self._spent.items(), ("total", total))}
 
 
-def _require_kind(manifest: Manifest, kind: str) -> None:
+def require_kind(manifest: Manifest, kind: str) -> None:
+    """Refuse a model of another kind.
+
+    Raises:
+        BundleError: `wrong_model_kind`.
+    """
     if manifest.kind != kind:
         raise BundleError("wrong_model_kind", f"the model is of kind {manifest.kind}, not {kind}")
 
@@ -369,7 +385,7 @@ def require_segmenter(manifest: Manifest) -> None:
     Raises:
         BundleError: `wrong_model_kind`.
     """
-    _require_kind(manifest, "segmenter")
+    require_kind(manifest, "segmenter")
     channels, names = manifest.channels, manifest.labels
     if len(channels) > 1:
         raise BundleError(

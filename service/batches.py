@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service import datasets, runs
+from service import datasets, registry, runs
 from service.db import (
     TERMINAL,
     Batch,
@@ -76,10 +76,11 @@ def create(
 
     Raises:
         ServiceError: 404 `not_found`; 422 `invalid_request` if no scan is in the split, 422
-            `wrong_volume_kind` if they are 2D images.
+            `wrong_volume_kind` if the model does not read such scans.
     """
     datasets.get(session, dataset_id)
-    datasets.require_kind(session, dataset_id, "image")
+    reads = "image_2d" if registry.reads_2d(version) else "image"
+    datasets.require_kind(session, dataset_id, reads)
     split = options.get("split")
     items = [one for one in datasets.items_of(session, dataset_id) if split in (None, one.split)]
     if not items:

@@ -239,7 +239,7 @@ def embed(
     url: Url = DEFAULT_URL,
     token: Secret = "",
 ) -> None:
-    """Embed a volume; prints the vector as JSON, and whether the model knows such scans.
+    """Embed a volume or a 2D image; prints the vector as JSON, and whether the model knows such.
 
     With regions, an object: `vector`, and `regions` with a vector or a reason each.
     """

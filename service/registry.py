@@ -86,6 +86,11 @@ def check_name(session: Session, name: str, kind: str) -> None:
         )
 
 
+def reads_2d(version: ModelVersion) -> bool:
+    """Whether a model reads 2D images; else volumes."""
+    return len(version.manifest["patch_size"]) == 2
+
+
 def resolve(session: Session, ref: str) -> ModelVersion:
     """The version that a reference means now; a name alone means its newest version.
 

@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from celery.signals import worker_process_init
 
 from imaging import nifti, preview
 from imaging.geometry import GeometryError
+from imaging.image2d import read_image
 from imaging.orientation import on_source_grid
 from imaging.volume import Grid
 from models import memory, predict, preflight
 from models.cascade import Case
+from models.predict2d import embed_image
 from models.preflight import Preflight
 from models.regions import RegionEmbedding, embed_regions
 from models.session import OnnxSession
@@ -92,9 +94,12 @@ def _do(worker: Worker, lease: Lease, keeper: Keeper, held: Held) -> None:
         checking.run(worker, lease, keeper, held)
         return
     with worker.sessions() as session:
-        volume = volumes.get(session, str(lease.volume_id), kind="image")
+        reads = "image" if lease.kind is RunKind.SEGMENT else None
+        volume = volumes.get(session, str(lease.volume_id), kind=reads)
     if lease.kind is RunKind.SEGMENT:
         _segment(worker, lease, keeper, volume, held)
+    elif volume.kind == "image_2d":
+        _embed_image(worker, lease, volume, held)
     else:
         _embed(worker, lease, keeper, volume, held)
 
@@ -205,14 +210,35 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
             progress=tell,
             should_stop=should_stop,
         )
+    more = {"preflight": _planned(plan), **_regions(asked, told)}
+    _keep(worker, lease, held, found, began=began, told=told, more=more)
+
+
+def _embed_image(worker: Worker, lease: Lease, row: VolumeRow, held: Held) -> None:
+    began = time.monotonic() - held.opened_s
+    pixels = read_image(worker.store.verify(row.voxels_sha256)).pixels
+    found = embed_image(held.session, pixels)
+    _keep(worker, lease, held, found, began=began)
+
+
+def _keep(
+    worker: Worker,
+    lease: Lease,
+    held: Held,
+    found: predict.Embedding,
+    *,
+    began: float,
+    told: Sequence[RegionEmbedding] = (),
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Record an embedding, and its vectors for the search."""
     result = {
         **_provenance(lease, held),
         "vector": [float(value) for value in found.vector],
         "dimension": len(found.vector),
         "num_windows": found.num_windows,
         "ood": asdict(found.ood),
-        "preflight": _planned(plan),
-        **_regions(asked, told),
+        **(more or {}),
         "timings_s": {
             "model": held.opened_s,
             **found.timings_s,
@@ -226,7 +252,7 @@ def _embed(worker: Worker, lease: Lease, keeper: Keeper, row: VolumeRow, held: H
         NewEmbedding(
             model_name=str(pointer["name"]),
             model_version=int(pointer["version"]),
-            bundle_digest=model.digest,
+            bundle_digest=held.session.digest,
             vector=vector,
             region=region,
         )

@@ -58,7 +58,8 @@ async def create_batch(
         quota.check_runs(session, caller.project_id, settings)
         version = registry.resolve(session, ask.model)
         require_kind(version, MODEL_KIND[ask.kind])
-        inference.require_volumes(version)
+        if ask.kind == "segment":
+            inference.require_volumes(version)
         inference.require_one_label_a_voxel(version)
         batch = batches.create(
             session,

@@ -23,7 +23,7 @@ router = deps.router("embeddings")
     "/embeddings",
     status_code=202,
     operation_id="create_embedding",
-    summary="Embed a volume",
+    summary="Embed a volume or a 2D image",
     response_model=schemas.Embedding,
     responses=docs.also(200, schemas.Embedding, "It ended within the time of `Prefer: wait`")
     | docs.problems(*inference.CREATE_PROBLEMS, "no_feature_map", "no_longer_kept", "not_ready"),
@@ -35,7 +35,10 @@ async def create_embedding(
     settings: deps.SettingsOf,
     prefer: answers.PreferOf = None,
 ) -> JSONResponse:
-    """Queue an encoder on an image volume, and on regions of it where their source is named."""
+    """Queue an encoder on a volume or a 2D image, as it reads.
+
+    Of a volume also on regions, where their source is named.
+    """
     work = inference.work_of(
         ask,
         caller,
@@ -184,7 +187,9 @@ def _question(
     assert ask.model is not None  # the request's own check
     volume = None
     if ask.volume_id is not None:
-        volume = volumes.get(session, ask.volume_id, kind="image")
+        volume = volumes.get(session, ask.volume_id)
+        if volume.kind == "labels":
+            raise volumes.wrong_kind(volume, "image")
     version = registry.resolve(session, ask.model)
     require_kind(version, "encoder")
     pointer = schemas.ModelPointer(

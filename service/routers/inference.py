@@ -43,17 +43,17 @@ def work_of(
     options: Mapping[str, Any] | None = None,
     more: Callable[[Session, db.ModelVersion], Mapping[str, Any]] | None = None,
 ) -> deps.Work:
-    """Queue `kind` of the asked-for model on the asked-for volume.
+    """Queue `kind` of the asked-for model on the asked-for volume or 2D image.
 
     The reference is resolved now, so an alias that moves later changes nothing. `options` go into
     the run's spec, and so does what `more` finds.
     """
 
     def work(session: Session) -> Answer:
-        volume = volumes.get(session, ask.volume_id, kind="image")
+        volume = volumes.get(session, ask.volume_id)
         version = registry.resolve(session, ask.model)
         require_kind(version, model_kind)
-        require_volumes(version)
+        require_reads(version, volume)
         require_one_label_a_voxel(version)
         model = {
             "name": version.model_name,
@@ -73,9 +73,18 @@ def work_of(
     return work
 
 
+def require_reads(version: db.ModelVersion, volume: db.Volume) -> None:
+    """Refuse a scan that a model does not read: volumes, or 2D images."""
+    if volume.kind == "image_2d" and registry.reads_2d(version):
+        return
+    if volume.kind != "image":
+        raise volumes.wrong_kind(volume, "image")
+    require_volumes(version)
+
+
 def require_volumes(version: db.ModelVersion) -> None:
     """Refuse a model of 2D images: a scan here is a volume."""
-    if len(version.manifest["patch_size"]) != 3:
+    if registry.reads_2d(version):
         raise ServiceError(
             422,
             "wrong_model_kind",

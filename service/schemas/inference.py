@@ -23,7 +23,7 @@ from service.schemas.runs import ModelPointer, Progress, RunError
 
 
 class InferenceCreate(Ask):
-    """A model to run on a volume."""
+    """A model to run on a scan: on a volume, or on a 2D image where the model reads those."""
 
     model_config = ConfigDict(
         frozen=True,

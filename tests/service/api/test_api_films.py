@@ -237,8 +237,48 @@ def test_a_name_belongs_to_models_of_one_kind(api, classified, world):
     assert "classifier" in problem["detail"]
 
 
+@pytest.fixture(scope="module")
+def encoder(api, new_model) -> str:
+    """An encoder of 2D images."""
+    new_model(api, "film-embedder", "encoder", is_2d=True)
+    return "models:/film-embedder/1"
+
+
+def test_an_encoder_of_films_embeds_films_and_no_volumes(api, films, world, encoder):
+    queued = api("POST", "/embeddings", json={"volume_id": films[0], "model": encoder})
+    assert queued.status_code == 202, queued.text
+
+    of_volume = refused(api, "/embeddings", {"volume_id": world.image, "model": encoder})
+    of_labels = refused(api, "/embeddings", {"volume_id": world.labels, "model": encoder})
+    regions = {"volume_id": films[0], "model": encoder, "segmenter": world.segmenter}
+
+    assert (of_volume["code"], of_labels["code"]) == ("wrong_model_kind", "wrong_volume_kind")
+    assert refused(api, "/embeddings", regions)["code"] == "no_feature_map"
+
+
+def test_a_batch_embeds_films_by_their_encoder_alone(api, classified, world, encoder):
+    body = {"dataset_id": classified, "kind": "embed", "model": encoder}
+    queued = api("POST", "/batches", json=body)
+    assert queued.status_code == 202, queued.text
+    assert queued.json()["num_scans"] == 4
+
+    problem = refused(api, "/batches", {**body, "dataset_id": world.unlabelled})
+
+    assert (problem["code"], problem["volume_id"]) == ("wrong_volume_kind", world.image)
+
+
+def test_films_that_are_not_embedded_cannot_be_searched_by(api, films, world, encoder):
+    for volume_id, status, code in (
+        (films[3], 409, "not_embedded"),
+        (world.labels, 422, "wrong_volume_kind"),
+    ):
+        body = {"volume_id": volume_id, "model": encoder}
+        answer = api("POST", "/embeddings:search", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
 @pytest.mark.parametrize("kind", ["segment", "embed"])
-def test_no_batch_is_made_of_films(api, classified, world, kind):
+def test_no_batch_of_a_model_of_volumes_is_made_of_films(api, classified, world, kind):
     model = {"segment": world.segmenter, "embed": world.encoder}[kind]
     body = {"dataset_id": classified, "kind": kind, "model": model}
 

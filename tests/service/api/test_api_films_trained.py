@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imaging.image2d import read_image
+from models.predict2d import embed_image
+from models.session import open_session
+from service import db
+from service import tasks as inference
 from service import worker as workers
 from trainer import tasks
 
@@ -40,6 +45,11 @@ def film(seed: int, *, is_bright: bool) -> bytes:
     held = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(held, "PNG")
     return held.getvalue()
+
+
+def voxels_of(api, volume_id: str) -> str:
+    with api.sessions() as session:
+        return session.get(db.Volume, volume_id).voxels_sha256
 
 
 @pytest.mark.timeout(300)  # two trainings, on cores that others use too
@@ -86,6 +96,21 @@ def test_an_experiment_on_films_is_trained_judged_and_reported(serve):
     assert (report["measure"], report["num_patients"]) == ("auc", 2)
     assert len(report["points"]) == 1
 
-    embed = {"volume_id": items[0]["volume_id"], "model": pretraining["model"]["name"]}
-    refused = api("POST", "/embeddings", json=embed)
-    assert (refused.status_code, refused.json()["code"]) == (422, "wrong_volume_kind")
+    encoder = pretraining["model"]["name"]
+    for item in items[:3]:
+        body = {"volume_id": item["volume_id"], "model": encoder}
+        asked = api("POST", "/embeddings", json=body)
+        assert asked.status_code == 202, asked.text
+    workers.work_through(workers.make_worker(api.settings, "inference", name="i"), inference.run)
+    embedded = api("GET", asked.headers["location"].removeprefix("/api/v1")).json()
+    assert embedded["state"] == "succeeded", embedded["error"]
+    vector, digest = np.array(embedded["result"]["vector"]), pretraining["model"]["digest"]
+    assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
+    pixels = read_image(api.store.verify(voxels_of(api, items[2]["volume_id"]))).pixels
+    alone = embed_image(open_session(api.store.bundle_dir(digest)), pixels)
+    np.testing.assert_allclose(vector, alone.vector, atol=1e-6)
+    search = {"volume_id": items[0]["volume_id"], "model": encoder}
+    similar = api("POST", "/embeddings:search", json=search).json()
+    assert {one["volume_id"] for one in similar["items"]} == {
+        item["volume_id"] for item in items[1:3]
+    }
