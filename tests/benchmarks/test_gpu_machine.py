@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 ABSENT = (
     "PIL", "celery", "fastapi", "gdcm", "highdicom", "httpx", "monai", "nibabel", "onnx",
     "pydantic_settings", "pydicom", "safetensors", "sqlalchemy",
@@ -19,6 +21,7 @@ def imports(modules: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.nightly
 def test_the_step_of_pretraining_needs_none_of_the_services_packages() -> None:
     ran = imports("benchmarks.bench_step, benchmarks.bench_input")
 

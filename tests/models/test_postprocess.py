@@ -267,6 +267,7 @@ print(grown / labels.size, seconds)
 """
 
 
+@pytest.mark.nightly
 def test_a_large_scan_takes_a_few_bytes_a_voxel():
     """512 x 512 x 160 with a bounding box that is all of it: the worst case of a real size."""
     ran = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)

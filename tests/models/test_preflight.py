@@ -255,6 +255,7 @@ print(json.dumps({"embed": embedded, "flips": peak_of(flipped, work)}))
 """
 
 
+@pytest.mark.nightly
 def test_an_embedding_and_mirror_images_take_no_more_than_predicted(
     tmp_path, make_bundle, random_encoder, wide
 ):

@@ -52,6 +52,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         signal.signal(number, handler)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)  # two trainings and three exports: 60 s on loaded cores
 def test_the_whole_way_from_a_shell_with_a_stop_in_the_middle(
     tmp_path: Path,

@@ -370,6 +370,7 @@ def ranks_of(launcher: int) -> dict[str, int]:
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_stop_request_to_one_rank_stops_all_at_the_same_step(

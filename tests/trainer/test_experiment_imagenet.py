@@ -65,6 +65,7 @@ def do(plan: Plan, films: Path, out: Path, report: Any, *weights: Path, stop: bo
     )
 
 
+@pytest.mark.nightly
 def test_all_seeds_start_from_the_one_encoder_of_the_file(
     films: Path, file: Path, tmp_path: Path, report, without_onnx
 ) -> None:

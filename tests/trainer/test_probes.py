@@ -191,6 +191,7 @@ def test_a_probe_prints_accuracy_interval_and_controls(world, tmp_path, capsys) 
     assert found["controls"]["shuffled_labels"]["accuracy"] < 0.5
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("probe", ["rotation", "position"])
 def test_the_same_seed_gives_the_same_result_and_another_does_not(
     probe, world, tmp_path, report

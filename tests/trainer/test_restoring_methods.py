@@ -198,7 +198,7 @@ def test_models_genesis_in_2d_without_any_change_sees_the_image_that_rotnet_sees
     torch.testing.assert_close(views.clean, make_crops(recipe, images(), None, 1)[0])
 
 
-@pytest.mark.parametrize("name", ["mae", "models_genesis"])
+@pytest.mark.parametrize("name", ["models_genesis", pytest.param("mae", marks=pytest.mark.nightly)])
 def test_clean_input_is_served_with_statistics_of_clean_input(name: str) -> None:
     """What a norm gives before its affine has mean 0 and deviation 1; as trained it has not."""
     recipe = recipe_of(name, batch_size=8, num_steps=30, checkpoint_every=30, log_every=30)

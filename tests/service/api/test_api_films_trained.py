@@ -54,6 +54,7 @@ def voxels_of(api, volume_id: str) -> str:
 
 @pytest.mark.timeout(300)  # two trainings, on cores that others use too
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_experiment_on_films_is_trained_judged_and_reported(serve):
     api = serve(device="cpu", train_threads=1)
     items = []
