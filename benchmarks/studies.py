@@ -4,8 +4,9 @@
 
 It lays the scans out in OUT/scans (links; nothing is copied but films that come in an archive),
 writes OUT/plan.json, trains every cell in `--processes` processes of one thread that share the
-work, and leaves `report.md`, `report.json`, `curve.svg` and `cases.csv` in OUT/study. Sized for 2
-CPU cores: small networks, few steps, three ratios and three seeds.
+work, and leaves `report.md`, `report.json`, `curve.svg` and `cases.csv` in OUT/study. With
+`--probes` it then asks every encoder for rotation and position (OUT/probes, and a table). Sized for
+2 CPU cores: small networks, few steps, three ratios and three seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import show_table
 from models.experiment.plan import Plan
+from trainer.experiment import CELLS
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILMS = "cxr_nih1000_64/trainval.zip"
@@ -225,7 +228,36 @@ def main() -> int:
     for number in range(asked.processes):
         with (asked.out / f"events-{number}.jsonl").open("ab") as log:
             running.append(subprocess.Popen(command, stdout=log))
-    return max(process.wait() for process in running)
+    status = max(process.wait() for process in running)
+    if asked.probes and status == 0:
+        show_table("Probes", probe(asked.out, scans, asked.device).items())
+    return status
+
+
+def probe(out: Path, scans: Path, device: str) -> dict[str, str]:
+    """Accuracy in percent, with its interval, of every encoder and of a random one like it."""
+    folder = out / "probes"
+    folder.mkdir(exist_ok=True)
+    found = {}
+    for bundle in sorted((out / "study" / CELLS / "pretrain").glob("*/*/bundle")):
+        method, seed = bundle.parts[-3:-1]
+        for asks in ("rotation", "position"):
+            place = folder / f"{asks}-{method}-{seed}.json"
+            if not place.exists():
+                command = [sys.executable, "-m", "trainer", "probe", asks, str(bundle)]
+                command += ["--scans", str(scans), "--cache", str(out / "study" / "cache")]
+                command += ["--seed", seed, "--device", device, "--threads", "1"]
+                answer = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+                place.write_bytes(answer)
+            said = json.loads(place.read_bytes())
+            found[f"{asks} {method} {seed}"] = _percent(said)
+            found[f"{asks} random {seed}"] = _percent(said["controls"]["random_encoder"])
+    return dict(sorted(found.items()))
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    low, high = found["interval_95"]
+    return f"{100 * found['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _arguments() -> argparse.Namespace:
@@ -238,6 +270,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ratios", type=float, nargs="+", help="of labelled patients; again with more adds"
     )
+    parser.add_argument("--probes", action="store_true", help="of every encoder, afterwards")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 

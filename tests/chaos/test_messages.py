@@ -23,6 +23,9 @@ def test_t_c5_runs_accepted_while_redis_is_down_are_done_soon_after_it_is_back(
         workers.wait_for(
             lambda: service.have_ended([before]), timeout_s=90, what="for the first run"
         )
+        workers.wait_for(  # till then it looks for more without being rung for
+            lambda: "succeeded in" in log.read_text(), timeout_s=30, what="for the end of the task"
+        )
 
         own_redis.kill()
         assert not celery_app.ring("x", "inference", settings=settings)  # the control: it is down
