@@ -27,6 +27,9 @@ Format = Literal["png", "jpeg", "dicom"]
 Image.preinit()  # with MPO all that Pillow would load with a picture: a confined reader could not
 assert MpoImagePlugin
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_DEEP_COLOUR = (b"\x02", b"\x04", b"\x06")
+"""Colour types of PNG (its IHDR): colours, grey with transparency, colours with transparency."""
+_ORIENTATION, _UPRIGHT = 0x0112, (0, 1)
 _GREY_MODES = {"1", "L", "I", "I;16", "I;16B"}
 _COLOUR_MODES = {"RGB", "YCbCr", "CMYK", "P"}
 _ALPHA_MODES = {"LA": "L", "RGBA": "RGB", "PA": "RGB"}
@@ -81,6 +84,35 @@ def decode_image(data: bytes) -> Image2d:
     return image
 
 
+def refuse_turned(path: Path) -> None:
+    """Refuse a picture that its EXIF orientation turns or mirrors.
+
+    Its pixels lie otherwise than they are shown, and a copy without metadata would not tell; so
+    this is asked of what was sent. What cannot be read at all is left to `read_image` to explain.
+
+    Raises:
+        ScanError: `unsupported_format`.
+    """
+    with path.open("rb") as file:
+        data = read_capped(file, MAX_FILE_BYTES)
+    if not data.startswith((_PNG, _JPEG)):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]) as picture:
+                _check_size(picture)
+                orientation = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - Pillow lets a dozen error types out
+        return
+    if orientation not in _UPRIGHT:
+        raise ScanError(
+            "unsupported_format",
+            f"EXIF orientation {orientation}: the picture is shown otherwise than its pixels lie; "
+            "expected one that is saved upright",
+        )
+
+
 def _decode(data: bytes) -> Image2d:
     if data.startswith(_PNG):
         return _from_picture(data, "png")
@@ -88,7 +120,10 @@ def _decode(data: bytes) -> Image2d:
         return _from_picture(data, "jpeg")
     if looks_like_dicom(data[:132]):
         found = read_radiograph(data)
-        pixels = found.pixels.astype(np.float32)
+        with np.errstate(over="ignore"):
+            pixels = found.pixels.astype(np.float32)
+        if not np.isfinite(pixels).all():
+            raise ScanError("non_finite_voxels", "pixel values are beyond those of float32")
         return Image2d(pixels, found.modality, "dicom", found.patient_key, found.notes)
     if is_nifti(data[:1024]):
         raise ScanError("not_two_dimensional", "a NIfTI volume; expected one 2D image")
@@ -98,6 +133,11 @@ def _decode(data: bytes) -> Image2d:
 
 
 def _from_picture(data: bytes, form: Literal["png", "jpeg"]) -> Image2d:
+    if form == "png" and data[24:25] == b"\x10" and data[25:26] in _DEEP_COLOUR:
+        raise ScanError(  # Pillow would drop the lower byte of each
+            "unsupported_format",
+            "a PNG of 16 bits with colours or transparency; expected 16 bits of grey, or 8",
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

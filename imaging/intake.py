@@ -29,7 +29,7 @@ from imaging.dicom_file import quiet
 from imaging.dicom_voxels import Source
 from imaging.errors import ScanError
 from imaging.identity import Policy, Pseudonyms
-from imaging.image2d import Image2d, read_image
+from imaging.image2d import Image2d, read_image, refuse_turned
 from imaging.kinds import EXIT_BAD_SCAN, EXIT_CANNOT_WRITE, FILE_OF, Kind, VolumeKind
 from imaging.limits import MAX_MEMBERS
 from imaging.slices import Slices
@@ -227,6 +227,7 @@ def read(path: Path, *, kind: Kind, series_uid: str | None = None) -> Scan | Ima
         form = volume_files.form_of(path)
         if form not in (None, "dicom"):
             raise ScanError("not_two_dimensional", f"found {form}; expected one image in one file")
+        refuse_turned(path)
         return read_image(path)
 
 
@@ -352,6 +353,8 @@ def read_without_identity(
         ScanError: As `read`; `burned_in_annotation`; `unsupported_format` for what can be
             read and not be cleaned.
     """
+    if kind == "image_2d":
+        refuse_turned(path)  # the copy will not tell
     cleaned = deidentify_upload(path, out_dir / "original", names, policy)
     if cleaned is None:
         try:

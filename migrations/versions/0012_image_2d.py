@@ -1,7 +1,8 @@
 """2D images among the scans, and classes of a dataset's items.
 
 A kind of scan more and a column that may be NULL: the version before works on beside it, as long as
-no 2D image was sent. Going down is refused while there is one: nothing below reads it.
+no 2D image was sent. Going down is refused while there is one, or a dataset with classes: nothing
+below reads the one, and the other's digest covers what would be lost.
 
 Revision: 0012, after 0011; 2026-11-30
 """
@@ -36,6 +37,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     for table in NAMES:
         _refuse_images(table)
+    _refuse_classes()
     op.drop_column("dataset_item", "classes")
     for table, (before, after) in NAMES.items():
         _check(table, (after, AFTER), (before, BEFORE))
@@ -56,4 +58,16 @@ def _refuse_images(table: str) -> None:
         raise RuntimeError(
             f"{number} rows of {table} are 2D images, which a version before reads as nothing; "
             "delete them, or go down with a backup from before"
+        )
+
+
+def _refuse_classes() -> None:
+    found = sa.text(
+        "SELECT count(*) FROM dataset_item "
+        "WHERE classes IS NOT NULL AND CAST(classes AS TEXT) NOT IN ('null', '{}')"
+    )
+    if number := op.get_bind().scalar(found):
+        raise RuntimeError(
+            f"{number} items of datasets have classes, which their datasets' digests cover and the "
+            "version before drops; delete those datasets, or go down with a backup from before"
         )

@@ -148,3 +148,38 @@ def test_a_volume_is_no_2d_image_and_a_2d_image_has_no_series(tmp_path, small_zi
     (tmp_path / "other").mkdir()
     with pytest.raises(ScanError, match="no_such_series"):
         intake(tmp_path / "other", dx(), series_uid="1.2.3")
+
+
+@pytest.mark.parametrize("identity", [(NAMES, DEFAULT), None])
+@pytest.mark.parametrize(("orientation", "refused"), [(6, True), (2, True), (1, False)])
+def test_a_picture_that_is_shown_otherwise_than_it_lies_is_refused(
+    tmp_path, orientation, refused, identity
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = picture((RAMP % 251).astype(np.uint8), "JPEG", exif=exif)
+
+    if not refused:  # the control
+        assert intake(tmp_path, data, identity=identity).shape == RAMP.shape
+        return
+    with pytest.raises(ScanError, match=f"EXIF orientation {orientation}") as caught:
+        intake(tmp_path, data, identity=identity)
+    assert caught.value.code == "unsupported_format"
+
+
+def test_a_png_whose_lower_bytes_would_be_dropped_is_refused(tmp_path):
+    grey = picture(RAMP)
+    deep = bytearray(grey)
+    deep[25] = 4  # grey with transparency: the reader is not to get as far as the pixels
+
+    with pytest.raises(ScanError, match="16 bits with colours or transparency"):
+        intake(tmp_path, bytes(deep), identity=None)
+    assert decode_image(grey).pixels.shape == RAMP.shape  # the control
+
+
+def test_a_radiograph_beyond_float32_is_refused(tmp_path):
+    data = dx(RescaleSlope="1e300", RescaleIntercept="0")
+
+    with pytest.raises(ScanError) as caught:
+        intake(tmp_path, data)
+    assert caught.value.code == "non_finite_voxels"

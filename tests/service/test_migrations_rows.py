@@ -234,6 +234,21 @@ def test_a_second_migrator_of_a_sqlite_database_waits_for_the_first(sqlite_url, 
     engine.dispose()
 
 
+def test_going_below_classes_is_refused_while_a_dataset_has_some(engine, database_url):
+    fill(engine)
+    classes = text("UPDATE dataset_item SET classes = :classes")
+    with engine.begin() as connection:
+        connection.execute(classes, {"classes": '{"nodule": 1}'})
+
+    with pytest.raises(RuntimeError, match="1 items of datasets have classes"):
+        migrate.downgrade(database_url, "0011")
+
+    assert migrate.is_current(engine)
+    with engine.begin() as connection:
+        connection.execute(classes, {"classes": None})
+    migrate.downgrade(database_url, "0011")
+
+
 @pytest.mark.parametrize("table", ["volume", "upload"])
 def test_going_below_2d_images_is_refused_while_there_is_one(engine, database_url, table):
     fill(engine)

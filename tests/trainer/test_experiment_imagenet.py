@@ -128,3 +128,6 @@ def test_an_encoder_of_another_file_is_no_encoder_of_this_one(
         do(plan(0), films, tmp_path / "study", report, other, stop=True)
     with pytest.raises(Preempted):  # the control
         do(plan(0), films, tmp_path / "study", report, file, stop=True)
+    pinned = plan(0, sha256=sha256_of(file))
+    with pytest.raises(Preempted):  # this file is of another method: that of this one may be gone
+        do(pinned, films, tmp_path / "study", report, other, stop=True)
