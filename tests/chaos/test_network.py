@@ -16,6 +16,7 @@ proxies = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(proxies)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(240)
 def test_t_c12_runs_end_through_a_network_that_delays_cuts_and_half_opens(
     own_redis, postgres_url, settings_of, service_of, quick_tasks, workers, tmp_path
