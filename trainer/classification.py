@@ -20,6 +20,7 @@ from torch import Tensor
 from models.bundle import Quality
 from models.experiment.cases import CaseResult, CaseResults
 from models.recipe import AnyClassify, ClassifyRecipe, ClassifyRecipe2d
+from models.recipe.finetune import LEAST_MEMBERS
 from trainer.data import cases
 from trainer.data.examples import Batches, VolumeSource, truth_of
 from trainer.data.examples2d import ImageSource
@@ -30,9 +31,6 @@ from trainer.losses import multi_label_loss
 from trainer.metrics import auc, average_precision
 from trainer.report import Report
 from trainer.task import Setting
-
-LEAST_MEMBERS = 2
-"""Examples with, and without, a label that training needs; of one alone nothing is learnt."""
 
 
 class Case(Protocol):

@@ -150,6 +150,10 @@ class FinetuneRecipe(_Finetuning):
         return {f"value {value}": value for value in listed}
 
 
+LEAST_MEMBERS = 2
+"""Scans with, and without, a label that a training needs; of one alone nothing is learnt."""
+
+
 class _Classifying(_Finetuning):
     """Classification in 3D and in 2D: an encoder, its features pooled, one linear layer."""
 

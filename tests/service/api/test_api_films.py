@@ -10,12 +10,16 @@ NET_2D = {"kind": "resnet18_unet2d", "width": 8}
 PRETRAIN = {"kind": "pretrain", "network": NET_2D}
 CLASSIFY = {"kind": "classify", "network": NET_2D, "labels": ["nodule", "effusion"]}
 CLASSIFY_3D = {"kind": "classify", "labels": ["nodule"], "crop": "whole"}
-SPLITS = ("train", "train", "val", "test")
+SPLITS = ("train",) * 4 + ("val",) * 2 + ("test",) * 2
 CLASSES = (
     {"nodule": 1, "effusion": 0},
     {"nodule": 0, "effusion": 1, "mass": None},
+    {"nodule": 1, "effusion": 0},
+    {"nodule": 0, "effusion": 1},
     {"nodule": 1},
     {"nodule": 0},
+    {"nodule": 0},
+    {"nodule": 1},
 )
 
 
@@ -28,8 +32,8 @@ def film(seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def films(api) -> list[str]:
-    """Four films of four patients."""
-    sent = [api.upload(film(n), kind="image_2d", subject=f"film-{n}") for n in range(4)]
+    """A film of each patient."""
+    sent = [api.upload(film(n), kind="image_2d", subject=f"film-{n}") for n in range(len(SPLITS))]
     assert {answer.status_code for answer in sent} <= {200, 201}
     return [answer.json()["id"] for answer in sent]
 
@@ -56,9 +60,9 @@ def unknown(api, films) -> str:
 
 @pytest.fixture(scope="module")
 def scanned(api, scans) -> str:
-    """Two volumes with classes, one of each, and one that tests."""
+    """Volumes with classes, two of each, and two that test."""
     items = []
-    for n, split in enumerate(("train", "train", "test")):
+    for n, split in enumerate(("train",) * 4 + ("test",) * 2):
         sent = api.upload(scans.nifti, kind="image", subject=f"classified-{n}").json()["id"]
         items.append({"volume_id": sent, "classes": {"nodule": n % 2}, "split": split})
     return made(api, items)
@@ -95,12 +99,8 @@ def refused(api, path: str, body: dict) -> dict:
 def test_a_dataset_keeps_the_classes_that_are_known(api, classified):
     items = api("GET", f"/datasets/{classified}").json()["items"]
 
-    assert [item["classes"] for item in items] == [
-        {"nodule": 1, "effusion": 0},
-        {"nodule": 0, "effusion": 1},
-        {"nodule": 1},
-        {"nodule": 0},
-    ]
+    known = [{name: v for name, v in row.items() if v is not None} for row in CLASSES]
+    assert [item["classes"] for item in items] == known
     assert [item["split"] for item in items] == list(SPLITS)
 
 
@@ -205,6 +205,45 @@ def test_classification_needs_scans_with_and_without_each_label(api, classified,
     assert api("POST", "/runs", json=run(unknown, PRETRAIN)).status_code == 202  # the control
 
 
+ONE_OF = {**CLASSIFY, "labels": ["nodule", "effusion"], "exclusive": True}
+
+
+@pytest.mark.parametrize(
+    ("changed", "recipe", "says"),
+    [
+        ({2: {"effusion": 0}}, CLASSIFY, "nodule needs 2 scans"),
+        ({5: {"nodule": 1}}, CLASSIFY, "the val split, which judges"),
+        ({}, ONE_OF, "of exclusive labels one must be 1"),
+    ],
+    ids=["one scan with it", "one class judges", "not exclusive"],
+)
+def test_a_classification_that_could_only_fail_is_refused(api, films, changed, recipe, says):
+    rows = enumerate(zip(films, CLASSES, SPLITS, strict=True))
+    items = [
+        {"volume_id": id, "classes": changed.get(n, known), "split": split}
+        for n, (id, known, split) in rows
+    ]
+
+    problem = refused(api, "/runs", run(made(api, items), recipe))
+
+    assert problem["code"] == "dataset_without_labels"
+    assert says in problem["detail"]
+
+
+def test_an_experiment_whose_test_has_one_class_is_refused(api, films, unknown):
+    rows = enumerate(zip(films, CLASSES, SPLITS, strict=True))
+    items = [
+        {"volume_id": id, "classes": {"nodule": 1} if n == 6 else known, "split": split}
+        for n, (id, known, split) in rows
+    ]
+    target = made(api, items)
+
+    problem = refused(api, "/experiments", experiment(unknown, target))
+
+    assert "the test split, which judges" in problem["detail"]
+    assert api("POST", "/runs", json=run(target, CLASSIFY)).status_code == 202  # the control
+
+
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
@@ -256,11 +295,11 @@ def test_an_encoder_of_films_embeds_films_and_no_volumes(api, films, world, enco
     assert refused(api, "/embeddings", regions)["code"] == "no_feature_map"
 
 
-def test_a_batch_embeds_films_by_their_encoder_alone(api, classified, world, encoder):
+def test_a_batch_embeds_films_by_their_encoder_alone(api, films, classified, world, encoder):
     body = {"dataset_id": classified, "kind": "embed", "model": encoder}
     queued = api("POST", "/batches", json=body)
     assert queued.status_code == 202, queued.text
-    assert queued.json()["num_scans"] == 4
+    assert queued.json()["num_scans"] == len(films)
 
     problem = refused(api, "/batches", {**body, "dataset_id": world.unlabelled})
 
