@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaging import nifti
+from imaging.image2d import read_image
 from models import predict
+from models.predict2d import embed_image
 from service import runs, segmenting, volumes
 from service.db import RunState
 from service.lease import Keeper
@@ -60,16 +62,25 @@ def cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(one @ other) / scale if scale else 0.0
 
 
+def _compared(case: dict[str, Any], vector: NDArray[Any]) -> dict[str, Any]:
+    """An embedding (E,) against the one that a golden case expects."""
+    expected = case["expected"]
+    found = cosine(vector, np.asarray(expected["vector"]))
+    return {"name": case["name"], "cosine": found, "passed": found >= expected["min_cosine"]}
+
+
 def _examine(worker: Worker, keeper: Keeper, held: Held, case: dict[str, Any]) -> dict[str, Any]:
     with worker.sessions() as session:
-        image = volumes.get(session, case["volume_id"], kind="image")
+        image = volumes.get(session, case["volume_id"])
         labels = volumes.get(session, case["labels_id"]) if case["labels_id"] else None
-    scan = nifti.open_canonical(worker.store.verify(image.voxels_sha256))
-    expected = case["expected"]
+    path, expected = worker.store.verify(image.voxels_sha256), case["expected"]
+    if image.kind == "image_2d":
+        vector = embed_image(held.session, read_image(path).pixels).vector
+        return _compared(case, vector)
+    scan = nifti.open_canonical(path)
     if labels is None:
         vector = predict.embed(held.session, scan, should_stop=keeper.should_stop).vector
-        found = cosine(vector, np.asarray(expected["vector"]))
-        return {"name": case["name"], "cosine": found, "passed": found >= expected["min_cosine"]}
+        return _compared(case, vector)
     _, looked = segmenting.segment(
         worker.settings, worker.store, held, scan, should_stop=keeper.should_stop
     )

@@ -100,7 +100,7 @@ def put(
             f"this case is one of a {needed}; the model is of kind {model.kind}",
             extra={"found": model.kind, "expected": needed},
         )
-    image = volumes.get(session, volume_id, kind="image")
+    image = volumes.get(session, volume_id, kind=_kind_read(session, name))
     if labels_id is not None:
         check_labels(image, volumes.get(session, labels_id, kind="labels"))
     there = _find(session, name, case)
@@ -115,6 +115,12 @@ def put(
     session.flush()
     session.refresh(row)
     return row, there is None
+
+
+def _kind_read(session: Session, name: str) -> str:
+    """The kind of scan that the model's newest version reads."""
+    found = registry.versions(session, name)
+    return "image_2d" if found and registry.reads_2d(found[0]) else "image"
 
 
 def delete(session: Session, name: str, case: str) -> None:

@@ -306,6 +306,18 @@ def test_a_batch_embeds_films_by_their_encoder_alone(api, films, classified, wor
     assert (problem["code"], problem["volume_id"]) == ("wrong_volume_kind", world.image)
 
 
+def test_golden_cases_of_an_encoder_of_films_are_films(api, films, world, encoder):
+    def put(case: str, volume_id: str):
+        body = {"volume_id": volume_id, "vector": [1.0, 0.0], "min_cosine": 0.9}
+        return api("PUT", f"/models/film-embedder/golden/{case}", json=body)
+
+    of_film, of_volume = put("film", films[0]), put("volume", world.image)
+
+    assert of_film.status_code == 201, of_film.text
+    assert (of_volume.status_code, of_volume.json()["code"]) == (422, "wrong_volume_kind")
+    assert api("DELETE", "/models/film-embedder/golden/film").status_code == 204
+
+
 def test_films_that_are_not_embedded_cannot_be_searched_by(api, films, world, encoder):
     for volume_id, status, code in (
         (films[3], 409, "not_embedded"),
