@@ -41,6 +41,12 @@ POLL_S = 0.02
 ONE_MORE_TRY = {"max_retries": 1, "interval_start": 0.0, "interval_step": 0.0}
 """A request does not wait for a broker that refuses: kombu would try for six seconds."""
 
+NO_LIMIT = 0
+"""Of messages that wait for their acknowledgement. With one, the acknowledgement that a cut
+connection swallowed (Celery logs it and goes on) left a worker deaf for good: it kept its only
+place, and a worker without one does not even read the socket that tells of the cut. What holds a
+worker back from messages beyond the one that it works on is `worker_disable_prefetch`."""
+
 
 @lru_cache(maxsize=8)
 def make_app(settings: Settings, *, sends: bool = False) -> Celery:
@@ -57,7 +63,6 @@ def make_app(settings: Settings, *, sends: bool = False) -> Celery:
         task_default_queue="inference",
         task_routes={name: {"queue": queue} for queue, name in TASK_OF.items()},
         task_publish_retry=False,
-        worker_prefetch_multiplier=1,
         worker_enable_remote_control=False,  # who reaches the broker can wake a worker, no more
         worker_send_task_events=False,
         worker_hijack_root_logger=False,
@@ -123,6 +128,7 @@ def _broker(settings: Settings) -> dict[str, Any]:
         return {
             "broker_url": settings.broker_url,
             "worker_disable_prefetch": True,
+            "worker_prefetch_multiplier": NO_LIMIT,
             "broker_transport_options": {
                 "global_keyprefix": KEY_PREFIX,
                 "visibility_timeout": WEEK_S,
@@ -136,6 +142,7 @@ def _broker(settings: Settings) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     return {
         "broker_url": f"{broker.SCHEME}://",
+        "worker_prefetch_multiplier": 1,
         "broker_transport_options": {
             "data_folder_in": str(Path(folder)),
             "data_folder_out": str(Path(folder)),

@@ -13,12 +13,16 @@ class Proxy:
 
     delay_s   every piece of data waits so long
     is_mute   connections stay open and nothing passes (half-open)
+    cuts_at   what a client may not say: its connection is closed instead
+    num_cuts  how often it was
     cut()     closes every connection
     """
 
     def __init__(self, port: int) -> None:
         self.delay_s = 0.0
         self.is_mute = False
+        self.cuts_at: bytes | None = None
+        self.num_cuts = 0
         self.port = 0
         self.num_connections = 0
         self._upstream = port
@@ -70,15 +74,22 @@ class Proxy:
         ends = {writer, up_writer}
         self._writers |= ends
         try:
-            await asyncio.gather(self._pump(reader, up_writer), self._pump(up_reader, writer))
+            await asyncio.gather(
+                self._pump(reader, up_writer, listens=True), self._pump(up_reader, writer)
+            )
         finally:
             self._writers -= ends
             for end in ends:
                 end.close()
 
-    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, listens: bool = False
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(1 << 16):
+                if listens and self.cuts_at is not None and self.cuts_at in data:
+                    self.num_cuts += 1
+                    break
                 await asyncio.sleep(self.delay_s)
                 while self.is_mute:
                     await asyncio.sleep(0.05)

@@ -16,7 +16,6 @@ proxies = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(proxies)
 
 
-@pytest.mark.nightly
 @pytest.mark.timeout(240)
 def test_t_c12_runs_end_through_a_network_that_delays_cuts_and_half_opens(
     own_redis, postgres_url, settings_of, service_of, quick_tasks, workers, tmp_path
@@ -39,10 +38,12 @@ def test_t_c12_runs_end_through_a_network_that_delays_cuts_and_half_opens(
             workers.wait_for(lambda: service.have_ended(posted), timeout_s=90, what="before")
 
             postgres.delay_s = broker.delay_s = 0.05
+            num_cut = 0
             for _ in range(6):
                 posted += [service.post(seconds=0.1) for _ in range(2)]
                 time.sleep(0.5)
-                assert postgres.cut() + broker.cut() > 0  # a cut that hit nothing counts nothing
+                num_cut += postgres.cut() + broker.cut()
+            assert num_cut > 0  # cuts that hit nothing prove nothing
             postgres.is_mute = broker.is_mute = True  # half-open for longer than the lease
             posted += [service.post() for _ in range(3)]
             time.sleep(near.lease_s + 2.0)
@@ -56,3 +57,33 @@ def test_t_c12_runs_end_through_a_network_that_delays_cuts_and_half_opens(
     states = [service.read(run_id).state for run_id in posted]
     assert states == ["succeeded"] * len(posted)
     assert all(service.outcomes(run_id).count("done") == 1 for run_id in posted)
+
+
+@pytest.mark.parametrize(
+    ("options", "hears"), [([], True), (["--prefetch-multiplier", "1"], False)]
+)
+def test_a_worker_whose_acknowledgement_a_cut_swallowed_hears_the_next_bell(
+    options, hears, own_redis, postgres_url, settings_of, service_of, quick_tasks, workers, tmp_path
+):
+    near = settings_of(
+        database_url=postgres_url, broker_url=f"redis://127.0.0.1:{own_redis.port}/0"
+    )
+    service = service_of(near)
+    log = tmp_path / "w.log"
+    with proxies.Proxy(own_redis.port) as broker:
+        far = near.model_copy(update={"broker_url": f"redis://127.0.0.1:{broker.port}/0"})
+        with workers.worker(far, "inference", log, include=quick_tasks, options=options):
+            workers.wait_for(lambda: "ready" in log.read_text(), what="for the worker")
+            broker.cuts_at = b"ZREM"  # how kombu takes a message from those not acknowledged
+            first = service.post(seconds=0.5)
+            workers.wait_for(lambda: service.have_ended([first]), what="for the first")
+            workers.wait_for(lambda: "succeeded in" in log.read_text(), what="for its task's end")
+            assert "Couldn't ack" in log.read_text()
+            broker.cuts_at = None
+            assert broker.num_cuts > 0
+
+            second = service.post()
+            until = time.monotonic() + (40.0 if hears else 8.0)
+            while not service.have_ended([second]) and time.monotonic() < until:
+                time.sleep(0.05)
+            assert service.have_ended([second]) is hears

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from service import celery_app
@@ -26,7 +26,12 @@ def wait_for(condition: Callable[[], object], *, timeout_s: float = 40.0, what: 
 
 @contextlib.contextmanager
 def worker(
-    settings: Settings, queue: str, log: Path, *, include: Path | None = None
+    settings: Settings,
+    queue: str,
+    log: Path,
+    *,
+    include: Path | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A Celery worker in its own process group; killed at the end if it still runs.
 
@@ -35,6 +40,7 @@ def worker(
         queue: What it works on.
         log: Where its output goes.
         include: A module file to load instead of the queue's own tasks.
+        options: More of Celery's command line.
     """
     env = {**environment(settings), "OMP_NUM_THREADS": "1"}
     env.pop("PCRL_SUPERVISOR_PID", None)
@@ -44,7 +50,7 @@ def worker(
         env["PYTHONPATH"] = f"{include.parent}:{env['PYTHONPATH']}"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, env=env, cwd=ROOT, stdout=output, stderr=output, process_group=0
+            [*command, *options], env=env, cwd=ROOT, stdout=output, stderr=output, process_group=0
         )
     try:
         yield process
