@@ -104,8 +104,19 @@ def trained(
     threads: int,
     spacing_mm: float = SPACING_MM[0],
     patch: Size = TRAINED_PATCH,
+    parent: Path | None = None,
 ) -> Path:
-    """A segmenter of the liver, learned once and kept under `cache`; see the module."""
+    """A segmenter of the liver, learned once and kept under `cache`; see the module.
+
+    Args:
+        cache: Where it is kept, by what follows but for threads and parent.
+        width: Base width of the network.
+        num_steps: Of the training.
+        threads: Of torch.
+        spacing_mm: Of its voxels.
+        patch: What it learns from.
+        parent: Segmenter whose weights it starts from, at whatever spacing; None: random ones.
+    """
     is_real = SHARED.is_dir()
     out = cache / f"{'btcv' if is_real else 'phantom'}-w{width}-s{num_steps}"
     if spacing_mm != SPACING_MM[0]:
@@ -121,6 +132,7 @@ def trained(
             spacing_mm=(spacing_mm,) * 3, intensity=Window(low_hu=-125.0, high_hu=275.0)
         ),
         patch_size=patch,
+        transfer="encoder" if parent is None else "encoder_decoder",
         batch_size=1,
         learning_rate=1e-3,
         schedule="cosine",
@@ -139,6 +151,7 @@ def trained(
         Human(),
         device=torch.device("cpu"),
         should_stop=lambda: False,
+        parent=parent,
     )
 
 
