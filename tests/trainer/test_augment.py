@@ -7,7 +7,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from models.recipe import CropPairs
-from trainer.data import affine, augment
+from trainer.data import affine, augment, banded
+from trainer.data.banded import Banded
 from trainer.data.resident import Resident
 from trainer.data.sampling import Pairs
 from trainer.randomness import generator
@@ -52,6 +53,49 @@ def test_matrices_along_the_axes_equal_a_3d_gaussian() -> None:
     for b in range(2):
         expected = ndimage.gaussian_filter(volume[b], sigma[b].tolist(), mode="nearest")
         np.testing.assert_allclose(actual[b], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("extents", [(112, 112, 56), (96, 96, 96), (70, 66, 40), (64, 64, 32)])
+def test_resizing_equals_a_dense_product_with_each_axis(extents: tuple[int, int, int]) -> None:
+    crops = torch.from_numpy(np.random.default_rng(0).random((2, *extents))).half()
+    size = (64, 64, 32)
+
+    actual = augment.resize(crops, size, flip_k=torch.tensor([False, True]))
+
+    dense = [augment.resize_matrix(*along).double() for along in zip(extents, size, strict=True)]
+    expected = crops.double()
+    for matrix in dense:  # each takes the foremost of three axes to the end
+        expected = torch.tensordot(expected, matrix, dims=([1], [1]))
+    expected[1] = expected[1].flip(2)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("painting", [augment.NONE, augment.INPAINT, augment.OUTPAINT])
+def test_painting_box_by_box_is_painting_by_shares(painting: int) -> None:
+    random = torch.Generator().manual_seed(2)
+    drawn = augment.draw_corruption(RECIPE, torch.tensor([painting]), random)
+    view, noise = random_batch(2)[:, 0]
+    share = augment.noise_share(drawn, view.shape)[0]
+
+    painted = augment.paint_boxes(*(x.permute(2, 0, 1).clone() for x in (view, noise)), drawn)
+
+    assert torch.equal(painted.permute(1, 2, 0), torch.lerp(view, noise, share))
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2), (2, 0, 1)])
+def test_a_filter_cut_in_two_is_the_whole_filter_and_nothing_narrower_is(layout) -> None:
+    volume = torch.from_numpy(np.random.default_rng(0).random((12, 14, 16))).permute(layout)
+    sigma = torch.tensor([0.9], dtype=torch.float64)  # of four voxels
+    whole = [augment.blur_matrix(n, sigma)[0] for n in volume.shape]
+
+    cut, narrow = (
+        banded.along_axes(volume, tuple(Banded.of_filter(matrix, radius) for matrix in whole))
+        for radius in (4, 2)
+    )
+
+    expected = torch.einsum("ai,bj,ck,ijk->abc", *whole, volume)
+    torch.testing.assert_close(cut, expected)
+    assert not torch.allclose(narrow, expected, atol=1e-4)
 
 
 def test_a_rotation_equals_scipys_and_no_angle_changes_nothing() -> None:

@@ -39,21 +39,33 @@ def rotate_and_scale(x: Tensor, angles: Tensor, scales: Tensor) -> Tensor:
         _turn(angles[:, axis], plane) for axis, plane in enumerate(((1, 2), (2, 0), (0, 1)))
     )
     back = (about_k @ about_j @ about_i).mT / scales[:, :, None]  # from output to input offsets
-    moved = within_slices(along_k(slices - floor, back), back)
-    return moved.add_(floor).permute(0, 2, 3, 1)
+    first, second = along_k(back, slices.shape), within_slices(back, slices.shape)
+    raised = slices - floor
+    moved = torch.empty_like(slices)
+    # One view after another on a CPU: the planes of a batch of them would have to be copied.
+    at_once = 1 if slices.device.type == "cpu" else len(slices)
+    for start in range(0, len(slices), max(at_once, 1)):
+        part = slice(start, start + at_once)
+        planes = _sampled(raised[part].transpose(1, 2), first[part])  # (B, I, K, J)
+        planes = _sampled(planes.transpose(1, 2), second[part])  # (B, K, I, J)
+        torch.add(planes, floor[part], out=moved[part])
+    return moved.permute(0, 2, 3, 1)
 
 
-def along_k(slices: Tensor, back: Tensor) -> Tensor:
+def along_k(back: Tensor, shape: torch.Size) -> Tensor:
     """First pass: slice k of the output, still with the input's I and J; 0 outside.
 
         for the output voxel p that will be read at (i, j) of slice p_k:
             out[i, j, p_k] = x[i, j, (A p)_k], where (A p)_i = i and (A p)_j = j
 
     Args:
-        slices: (B, K, I, J).
         back: A, (B, 3, 3).
+        shape: Of views, slice after slice, (B, K, I, J).
+
+    Returns:
+        Where planes of K and J are read, (B, I, K, J, 2).
     """
-    batch, k, i, j = slices.shape
+    _, k, i, j = shape
     ii, ij, ik, ji, jj, jk, ki, kj, kk = back.flatten(1).unbind(1)
     # (A p)_k = by_i (A p)_i + by_j (A p)_j + by_k p_k
     determinant = ii * jj - ij * ji
@@ -62,19 +74,21 @@ def along_k(slices: Tensor, back: Tensor) -> Tensor:
     by_k = kk - by_i * ik - by_j * jk
     # Planes of K and J, J kept, as `grid_sample` is vectorised in planes.
     kept = torch.zeros_like(by_j), torch.zeros_like(by_j), torch.ones_like(by_j)
-    grid = _grid((i, k, j), 2 / j, kept, 2 / k, (by_i, by_k, by_j))
-    planes = slices.transpose(1, 2).reshape(-1, 1, k, j)
-    moved = F.grid_sample(planes, grid, align_corners=False)
-    return moved.reshape(batch, i, k, j).transpose(1, 2)
+    return _grid((i, k, j), 2 / j, kept, 2 / k, (by_i, by_k, by_j))
 
 
-def within_slices(slices: Tensor, back: Tensor) -> Tensor:
-    """Second pass: slice p_k read at ((A p)_i, (A p)_j), bilinear, 0 outside, (B, K, I, J)."""
-    _, k, i, j = slices.shape
+def within_slices(back: Tensor, shape: torch.Size) -> Tensor:
+    """Second pass: slice p_k read at ((A p)_i, (A p)_j), 0 outside, (B, K, I, J, 2)."""
+    _, k, i, j = shape
     (ii, ij, ik), (ji, jj, jk) = (row.unbind(1) for row in back[:, :2].unbind(1))
-    grid = _grid((k, i, j), 2 / j, (jk, ji, jj), 2 / i, (ik, ii, ij))
-    moved = F.grid_sample(slices.reshape(-1, 1, i, j), grid, align_corners=False)
-    return moved.reshape(slices.shape)
+    return _grid((k, i, j), 2 / j, (jk, ji, jj), 2 / i, (ik, ii, ij))
+
+
+def _sampled(planes: Tensor, grid: Tensor) -> Tensor:
+    """Planes (B, n, m, l) read bilinearly at a grid (B, n, m, l, 2), 0 outside."""
+    batch, n, m, line = planes.shape
+    read = F.grid_sample(planes.reshape(-1, 1, m, line), grid.flatten(0, 1), align_corners=False)
+    return read.reshape(batch, n, m, line)
 
 
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -83,7 +97,7 @@ Weights = tuple[Tensor, Tensor, Tensor]
 def _grid(
     shape: tuple[int, int, int], x_unit: float, x: Weights, y_unit: float, y: Weights
 ) -> Tensor:
-    """Where `grid_sample` reads: weights of three axes (B,) times offsets, (B * n, m, l, 2)."""
+    """Where `grid_sample` reads: weights of three axes (B,) times offsets, (B, n, m, l, 2)."""
     n, m, line = (_offsets(length, x[0]) for length in shape)
     firsts, lines = [], []
     for unit, (by_n, by_m, by_line) in ((x_unit, x), (y_unit, y)):
@@ -92,7 +106,7 @@ def _grid(
         lines.append(by_line[:, None] * (line * unit))
     # As complex numbers: a sum over an innermost axis of two took eight times as long on a CPU.
     grid = torch.complex(*firsts)[..., None] + torch.complex(*lines)[:, None, None]
-    return torch.view_as_real(grid).flatten(0, 1)
+    return torch.view_as_real(grid)
 
 
 def _offsets(n: int, like: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
 from models.recipe import CropPairs
-from trainer.data import affine
+from trainer.data import affine, banded
+from trainer.data.banded import Banded
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import Pairs
 from trainer.data.to_device import to_device
@@ -158,25 +159,21 @@ def make_clean(
     device = volumes.device
     slices = torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device)
     sizes = pairs.size[:, view]
+    is_flat = recipe.rotation == "in_plane" and recipe.max_scaling == 0
     for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
         size: Size = recipe.crop_sizes[index]
-        along_i, along_j, along_k = (
-            to_device(resize_matrix(*extents), device)
-            for extents in zip(size, recipe.input_size, strict=True)
-        )
-        in_plane = None if size[:2] == recipe.input_size[:2] else (along_i, along_j)
         of_size = (sizes == index).nonzero()[:, 0]
         for at in of_size.split(_at_once(device, len(of_size))):
-            crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size).float()
-            flips = to_device(geometry.flips[at], device)
-            angles = to_device(geometry.angles[at], device)
-            if recipe.rotation == "in_plane" and recipe.max_scaling == 0:
-                resized = _resize(crop, in_plane, _flipped(along_k, flips[:, 2]))
-                moved = rotate_in_plane(resized, angles[:, 2], flips[:, :2])
+            crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size)
+            flips, angles = geometry.flips[at], to_device(geometry.angles[at], device)
+            if is_flat:
+                resized = resize(crop, recipe.input_size, flips[:, 2])
+                turned = to_device(flips[:, :2], device)
+                moved = rotate_in_plane(resized, angles[:, 2], turned)
             else:
-                resized = _resize(crop, in_plane, along_k)
-                signed = torch.where(flips, -1, 1) * to_device(geometry.scales[at], device)
-                moved = affine.rotate_and_scale(resized, angles, signed)
+                resized = resize(crop, recipe.input_size)
+                signed = torch.where(flips, -1, 1) * geometry.scales[at]
+                moved = affine.rotate_and_scale(resized, angles, to_device(signed, device))
             slices.index_copy_(0, to_device(at, device), _by_slice(moved))
     return _by_voxel(slices)[:, None]
 
@@ -202,16 +199,40 @@ def corrupt(
     sigma = to_device(corruption.blur_sigma, clean.device)
     blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
     out = clean if in_place else torch.empty(clean.shape, device=clean.device)
-    at_once = _at_once(clean.device, len(clean))
-    for start in range(0, len(clean), at_once):
-        part = slice(start, start + at_once)
-        view = clean[part, 0]
-        noise = uniform_noise(_by_slice(view).shape, random)
-        is_noise = noise_share(corruption.part(part), view.shape[1:], view.device)
-        # Exact at 0 and 1, and faster than `where`.
-        painted = torch.lerp(view, _by_voxel(noise), is_noise)
-        out[part, 0] = along_axes(painted, [matrices[part] for matrices in blur])
+    if clean.device.type == "cpu":
+        radius = math.floor(TRUNCATE * float(sigma.max()) + 0.5) if len(sigma) else 0
+        for at, view in enumerate(_by_slice(clean[:, 0])):
+            noise = uniform_noise(view.shape, random)
+            painted = paint_boxes(view, noise, corruption.part(slice(at, at + 1)))
+            along_i, along_j, along_k = (Banded.of_filter(m[at], radius) for m in blur)
+            soft = banded.along_axes(painted, (along_k, along_i, along_j))
+            _by_slice(out[:, 0])[at] = soft
+        return out
+    view = clean[:, 0]
+    noise = uniform_noise(_by_slice(view).shape, random)
+    is_noise = noise_share(corruption, view.shape[1:], view.device)
+    # Exact at 0 and 1, and faster than `where`.
+    out[:, 0] = along_axes(torch.lerp(view, _by_voxel(noise), is_noise), blur)
     return out
+
+
+def paint_boxes(view: Tensor, noise: Tensor, corruption: Corruption) -> Tensor:
+    """What `noise_share` says of one view, box by box: a CPU then writes little but the boxes.
+
+    Args:
+        view: (K, I, J).
+        noise: (K, I, J); may be written over.
+        corruption: Of this view alone.
+    """
+    kind = int(corruption.painting[0])
+    if kind == NONE:
+        return view
+    painted, other = (view.clone(), noise) if kind == INPAINT else (noise, view)
+    starts, sizes = corruption.box_start[0].tolist(), corruption.box_size[0].tolist()
+    for (i, j, k), (a, b, c) in zip(starts, sizes, strict=True):
+        box = slice(k, k + c), slice(i, i + a), slice(j, j + b)
+        painted[box] = other[box]
+    return painted
 
 
 def uniform_noise(shape: Sequence[int], random: torch.Generator) -> Tensor:
@@ -323,18 +344,45 @@ def blur_matrix(n: int, sigma: Tensor) -> Tensor:
     return matrix
 
 
-def _resize(crop: Tensor, in_plane: tuple[Tensor, Tensor] | None, along_k: Tensor) -> Tensor:
-    """Apply (m, n) along I and J, unless None, and (m, n) or (B, m, n) along K of (B, I, J, K)."""
-    batch, i, j, _ = crop.shape
-    slices = (along_k @ _by_slice(crop).flatten(2)).reshape(batch, -1, i, j)  # (B, K, I, J)
-    if in_plane is not None:
-        along_i, along_j = in_plane
-        slices = slices @ along_j.mT
+def resize(crops: Tensor, size: Size, flip_k: Tensor | None = None) -> Tensor:
+    """Anti-aliased linear resize (`resize_matrix`), float32.
+
+    Args:
+        crops: (B, I, J, K) of any floating type.
+        size: Wanted extents.
+        flip_k: Whether K is flipped, bool (B,) on the host.
+
+    Returns:
+        Seen as (B, I, J, K), in memory slice after slice.
+    """
+    extents = tuple(zip(crops.shape[1:], size, strict=True))
+    if crops.device.type == "cpu" and extents[0][0] > extents[0][1]:
+        is_flipped = [False] * len(crops) if flip_k is None else flip_k.tolist()
+        slices = torch.empty(len(crops), *_slices_of(size))
+        for crop, view, flips in zip(crops, slices, is_flipped, strict=True):
+            along_k = _bands(*extents[2], flips=flips)
+            axes = _bands(*extents[0]), _bands(*extents[1]), along_k
+            view.copy_(banded.along_axes(crop.float(), axes).permute(2, 0, 1))
+        return _by_voxel(slices)
+    crops = crops.float()
+    by_i, by_j, by_k = (to_device(resize_matrix(*along), crops.device) for along in extents)
+    if flip_k is not None:
+        by_k = torch.stack([by_k, by_k.flip(0)])[to_device(flip_k.long(), crops.device)]
+    batch, i, j, _ = crops.shape
+    slices = (by_k @ _by_slice(crops).flatten(2)).reshape(batch, -1, i, j)  # (B, K, I, J)
+    if (i, j) != size[:2]:
+        slices = slices @ by_j.mT
         # One product a slice: `@` of a matrix with a batch copies the batch before and after.
-        each = along_i.expand(slices.shape[0] * slices.shape[1], -1, -1)
+        each = by_i.expand(slices.shape[0] * slices.shape[1], -1, -1)
         product = torch.bmm(each, slices.flatten(0, 1))
         slices = product.reshape(*slices.shape[:2], *product.shape[1:])
     return _by_voxel(slices)
+
+
+@functools.cache
+def _bands(num_in: int, num_out: int, *, flips: bool = False) -> Banded:
+    matrix = resize_matrix(num_in, num_out)
+    return Banded.of(matrix.flip(0) if flips else matrix)
 
 
 def rotate_in_plane(x: Tensor, angle: Tensor, flips: Tensor | None = None) -> Tensor:
@@ -405,8 +453,3 @@ def apply_indicators(x: Tensor, indicator: Tensor) -> Tensor:
     channel = torch.arange(channels, device=device)[None, :, None, None, None]
     in_plane = (from_i[:, None, :, :, None], from_j[:, None, :, :, None])
     return x[sample, channel, *in_plane, from_k[:, None, None, None, :]]
-
-
-def _flipped(matrix: Tensor, flip: Tensor) -> Tensor:
-    """The matrix of each sample, its rows reversed where flipped, (B, m, n)."""
-    return torch.stack([matrix, matrix.flip(0)])[flip.long()]
