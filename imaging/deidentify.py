@@ -53,6 +53,8 @@ class Deidentified:
     """Pseudonyms."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What was done, for the record."""
+    was_jpeg: bool = False
+    """It is kept as a PNG of what the JPEG shows."""
 
     def patient_of(self, key: str) -> str:
         """The pseudonym whose `dicom_header.patient_key` this is; empty for none of them."""
@@ -115,7 +117,7 @@ def deidentify_upload(
             return _clean_zip(members, target, names, policy, facts)
     if (form := form_of(start)) is not None:
         clean_path(path, target, form)
-        return Deidentified(target, (0,), {}, facts=facts)
+        return Deidentified(target, (0,), {}, facts=facts, was_jpeg=form == "jpeg")
     if not looks_like_dicom(start):
         return None
     with path.open("rb") as file:

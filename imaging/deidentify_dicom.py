@@ -1,7 +1,7 @@
 """One DICOM object without identities: the Basic Application Level Confidentiality Profile.
 
-Applied at every depth. Pixel data is copied as it is, never decoded. What the pixels themselves
-show is not looked at: objects that say, or are known, to carry text in them are refused.
+Applied at every depth. Pixels are not decoded: they stay as they are, but for bits that are not
+theirs. What they show is not looked at: objects that say, or are known, to carry text are refused.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import re
 from dataclasses import dataclass
 from datetime import date, timedelta
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
@@ -153,6 +154,7 @@ def _clean_object(
     deidentify(dataset, names, shift_days=days)
     if not syntax.is_encapsulated:
         _cut_pixels(dataset)
+        _clear_spare_bits(dataset, "<" if syntax.is_little_endian else ">")
     dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, instance
     dataset.PatientName = dataset.PatientID = patient
     _mark(dataset, is_shifted=days is not None)
@@ -175,6 +177,26 @@ def _cut_pixels(dataset: Dataset) -> None:
     num_bytes = -(-num_samples * int(dataset.BitsAllocated) // 8)
     if len(pixels) > num_bytes + num_bytes % 2:
         dataset.PixelData = pixels[:num_bytes] + bytes(num_bytes % 2)
+
+
+def _clear_spare_bits(dataset: Dataset, order: Literal["<", ">"]) -> None:
+    """Drop what lies in a pixel's bits above those stored, such as an overlay (PS3.5, 8.1.1).
+
+    They are set as the sign has it, or to 0, which is how they are read anyway
+    (`dicom_voxels.stored_frames`). The bits of compressed pixels stay.
+    """
+    pixels, allocated = dataset.get("PixelData"), int(dataset.get("BitsAllocated") or 0)
+    stored = int(dataset.get("BitsStored") or allocated)
+    high = int(dataset.get("HighBit") or stored - 1)
+    if not isinstance(pixels, bytes) or allocated not in (8, 16, 32):
+        return
+    if not 0 < stored < allocated or high != stored - 1:
+        return
+    kind, size = "i" if dataset.get("PixelRepresentation") else "u", allocated // 8
+    samples = np.frombuffer(pixels, f"{order}{kind}{size}", len(pixels) // size)
+    spare = allocated - stored
+    clear = np.right_shift(np.left_shift(samples, spare), spare).astype(samples.dtype)
+    dataset.PixelData = clear.tobytes() + pixels[clear.nbytes :]
 
 
 def deidentify(dataset: Dataset, names: Pseudonyms, *, shift_days: int | None = None) -> None:

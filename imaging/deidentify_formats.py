@@ -1,8 +1,9 @@
 """Files other than DICOM without identities: NIfTI, NRRD, MetaImage, PNG, JPEG.
 
-Each is written anew from the fields that say what the voxels are and where they lie; comments,
+A volume is written anew from the fields that say what the voxels are and where they lie; comments,
 descriptions, extensions, key/value pairs, original file names and time stamps are not among them.
-Voxels are copied as they are stored; only gzip is undone and done again.
+Voxels are copied as they are stored; only gzip is undone and done again. A picture is decoded, and
+what it shows is kept as a PNG.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 
 from imaging import metaimage, nifti, nrrd
 from imaging.errors import ScanError
-from imaging.limits import CHUNK_BYTES, MAX_UNPACKED_BYTES
+from imaging.image2d import opened
+from imaging.limits import CHUNK_BYTES, MAX_FILE_BYTES, MAX_UNPACKED_BYTES, read_capped
 from imaging.stored import MAX_HEADER_BYTES, StoredHeader
 
 Form = Literal["nifti", "nrrd", "metaimage", "png", "jpeg"]
@@ -59,7 +61,8 @@ VOXELS = "voxels"
 """What a detached header calls the file of its voxels; readers find it by its size."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA"}
+_PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
+"""Pixels that a PNG holds as Pillow has them; others (a JPEG's CMYK) are read as colours anyway."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -242,67 +245,25 @@ def clean_voxels(source: BinaryIO | _Counted, target: BinaryIO, header: StoredHe
             plain.copy_to(clean, header.num_bytes)
 
 
-def _clean_png(source: _Counted, target: BinaryIO) -> None:
-    """The chunks that make the picture; no text, time, EXIF, profile or private one (PNG 11)."""
-    target.write(source.exactly(8))
-    while len(head := source.exactly(8)) == 8:
-        size = int.from_bytes(head[:4], "big")
-        body = source.exactly(size + 4)
-        if head[4:] in _PNG_CHUNKS:
-            target.write(head + body)
-        if head[4:] == b"IEND":
-            return
-    raise ScanError("truncated_file", "the PNG is damaged or cut off")
+def _redraw(source: _Counted, target: BinaryIO) -> None:
+    """A PNG or JPEG decoded and written anew as PNG: nothing of the file but what it shows.
 
-
-def _clean_jpeg(source: _Counted, target: BinaryIO) -> None:
-    """Without comments and application segments but Adobe's, which tells the colours (T.81 B.1)."""
-    target.write(source.exactly(2))
-    while True:
-        marker = source.exactly(2)
-        while marker == b"\xff\xff":  # fill bytes
-            marker = b"\xff" + source.exactly(1)
-        if len(marker) < 2 or marker[0] != 0xFF:
-            raise ScanError("truncated_file", "the JPEG is damaged or cut off")
-        size = source.exactly(2)
-        body = size + source.exactly(int.from_bytes(size, "big") - 2)
-        is_adobe = marker[1] == 0xEE and body[2:7] == b"Adobe"
-        if is_adobe:
-            body = (14).to_bytes(2, "big") + body[2:14]
-        if is_adobe or not (0xE0 <= marker[1] <= 0xEF or marker[1] == 0xFE):
-            target.write(marker + body)
-        if marker[1] == 0xDA:  # the scan: entropy-coded data follows
-            break
-    _copy_scans(source, target)
-
-
-def _copy_scans(source: _Counted, target: BinaryIO) -> None:
-    """Entropy-coded data and what lies between scans, up to the end of the image."""
-    rest = bytearray()
-    while chunk := source.read(CHUNK_BYTES):
-        rest += chunk
-    place = kept = 0
-    while (at := rest.find(b"\xff", place)) >= 0 and at + 1 < len(rest):
-        code = rest[at + 1]
-        if code == 0xD9:
-            target.write(rest[kept : at + 2])
-            return
-        if code in (0x00, 0xFF) or 0xD0 <= code <= 0xD7:
-            place = at + (1 if code == 0xFF else 2)
-            continue
-        place = at + 2 + int.from_bytes(rest[at + 2 : at + 4], "big")
-        if code == 0xFE or 0xE0 <= code <= 0xEF:  # a comment between scans
-            target.write(rest[kept:at])
-            kept = place
-    raise ScanError("truncated_file", "the JPEG is damaged or cut off")
+    Leaving chunks and segments out would not do: there is room behind the zlib stream in IDAT, in
+    tables that no scan uses, behind the last line that a decoder asks for.
+    """
+    data = read_capped(cast(BinaryIO, source), MAX_FILE_BYTES)
+    with opened(data) as picture:
+        shown = picture if picture.mode in _PNG_MODES else picture.convert("RGB")
+        shown.info.clear()  # Pillow writes profiles and resolutions that it finds there
+        shown.save(target, "PNG", compress_level=1)
 
 
 _CLEANERS: dict[Form, Any] = {
     "nifti": _clean_nifti,
     "nrrd": _clean_nrrd,
     "metaimage": _clean_metaimage,
-    "png": _clean_png,
-    "jpeg": _clean_jpeg,
+    "png": _redraw,
+    "jpeg": _redraw,
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -133,7 +135,21 @@ def _decode(data: bytes) -> Image2d:
 
 
 def _from_picture(data: bytes, form: Literal["png", "jpeg"]) -> Image2d:
-    if form == "png" and data[24:25] == b"\x10" and data[25:26] in _DEEP_COLOUR:
+    with opened(data) as picture:
+        pixels, notes = _grey(picture)
+    return Image2d(pixels, "", form, "", tuple(notes))
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """A PNG or JPEG as Pillow has decoded it.
+
+    Raises:
+        ScanError: `truncated_file`, `unsupported_format`, `too_large`, `not_two_dimensional`; so
+            does what is done to the picture inside.
+    """
+    form = "PNG" if data.startswith(_PNG) else "JPEG"
+    if form == "PNG" and data[24:25] == b"\x10" and data[25:26] in _DEEP_COLOUR:
         raise ScanError(  # Pillow would drop the lower byte of each
             "unsupported_format",
             "a PNG of 16 bits with colours or transparency; expected 16 bits of grey, or 8",
@@ -142,18 +158,23 @@ def _from_picture(data: bytes, form: Literal["png", "jpeg"]) -> Image2d:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=[form.upper()]) as picture:
+            with Image.open(io.BytesIO(data), formats=[form]) as picture:
                 _check_size(picture)
+                _check_end(data, form)
                 picture.load()
-                pixels, notes = _grey(picture)
+                yield picture
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ScanError("too_large", f"more than {MAX_PIXELS} pixels are declared") from error
     except (ScanError, MemoryError):
         raise
     except Exception as error:  # Pillow lets OSError, SyntaxError, ValueError, struct.error out
-        name = form.upper()
-        raise ScanError("truncated_file", f"the {name} is damaged or cut off") from error
-    return Image2d(pixels, "", form, "", tuple(notes))
+        raise ScanError("truncated_file", f"the {form} is damaged or cut off") from error
+
+
+def _check_end(data: bytes, form: str) -> None:
+    """Pillow may do without the end of a file whose last pixels it guesses."""
+    if (b"IEND" if form == "PNG" else b"\xff\xd9") not in data:
+        raise ScanError("truncated_file", f"the {form} has no end")
 
 
 def _check_size(picture: Image.Image) -> None:

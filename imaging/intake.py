@@ -371,6 +371,8 @@ def read_without_identity(
         files = cleaned.explained(error.extra.pop("files", []))  # type: ignore[arg-type]
         error.extra = cleaned.as_sent(error.extra) | ({"files": files} if files else {})
         raise
+    if isinstance(scan, Image2d) and cleaned.was_jpeg:
+        scan = replace(scan, format="jpeg", notes=(*scan.notes, "kept as a PNG of what it shows"))
     report = report_of(scan)
     report["members"] = cleaned.explained(report["members"])
     report["used"], report["slices"] = cleaned.as_sent([report["used"], report["slices"]])

@@ -123,6 +123,27 @@ def cleaned(data: bytes, policy: Policy = REMOVE) -> pydicom.Dataset:
     return pydicom.dcmread(io.BytesIO(found.data))
 
 
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_bits_above_the_stored_ones_go_and_pixels_are_read_as_before(syntax, is_signed) -> None:
+    order = "<" if syntax is ExplicitVRLittleEndian else ">"
+    stored = np.array([0, 1, 2047, -1, -2048, -7] if is_signed else [0, 1, 2047, 4095, 9, 2048])
+    overlay = stored & 0x0FFF | np.array([0x1000, 0, 0x2000, 0x4000, 0x1000, 0xF000])
+    pixels = overlay.astype(f"{order}u2").tobytes()
+    sent = as_file(ct(PixelRepresentation=int(is_signed), PixelData=pixels), syntax)
+
+    kept = cleaned(sent).PixelData
+
+    assert kept != pixels  # something was there to go
+    assert kept == stored.astype(f"{order}i2" if is_signed else f"{order}u2").tobytes()
+
+
+def test_pixels_whose_stored_bits_lie_elsewhere_stay_as_they_are() -> None:
+    pixels = np.array([0xFFF0, 0x1230] * 3, "<u2").tobytes()
+
+    assert cleaned(as_file(ct(HighBit=15, PixelData=pixels))).PixelData == pixels
+
+
 def nested(inner: Dataset, depth: int) -> Dataset:
     """The data set in sequences of sequences; their attribute is none that the table names."""
     outer = ct()

@@ -202,6 +202,29 @@ def test_a_jpeg_keeps_its_picture_alone(mode: str, progressive: bool) -> None:
     assert np.array_equal(decode_image(kept).pixels, decode_image(data).pixels)
 
 
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    check = zlib.crc32(kind + body).to_bytes(4, "big")
+    return len(body).to_bytes(4, "big") + kind + body + check
+
+
+def test_what_lies_behind_the_pixels_of_a_png_or_in_tables_of_a_jpeg_goes() -> None:
+    """Where a list of chunks and segments to keep would not look."""
+    rows = b"".join(b"\0" + bytes(range(row, row + 20)) for row in range(10))
+    header = (20).to_bytes(4, "big") + (10).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    hidden = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+    hidden += png_chunk(b"IDAT", zlib.compress(rows) + b"CANARY") + png_chunk(b"IEND", b"")
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "JPEG")
+    unused = b"\xff\xdb" + (67).to_bytes(2, "big") + b"\x03" + b"CANARY".ljust(64, b"C")
+    table = buffer.getvalue()[:2] + unused + buffer.getvalue()[2:]
+
+    for data in (hidden, table):
+        assert b"CANARY" in data
+        kept = clean(data)
+        assert b"CANARY" not in kept
+        assert np.array_equal(decode_image(kept).pixels, decode_image(data).pixels)
+
+
 @pytest.mark.parametrize("cut", [0.2, 0.6, 0.98])
 def test_cut_pictures_are_refused(cut: float) -> None:
     for form in ("PNG", "JPEG"):

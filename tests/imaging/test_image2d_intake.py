@@ -79,7 +79,9 @@ def test_a_picture_is_kept_as_its_pixels_alone(tmp_path, form, identity):
     np.testing.assert_array_equal(read_image(report.volume_path).pixels, decode_image(data).pixels)
     assert b"Doe^Jane" not in report.volume_path.read_bytes()
     if identity is not None:
-        assert b"Doe^Jane" not in report.original_path.read_bytes()
+        original = report.original_path.read_bytes()
+        assert b"Doe^Jane" not in original and original.startswith(b"\x89PNG")
+        np.testing.assert_array_equal(decode_image(original).pixels, decode_image(data).pixels)
 
 
 def test_a_radiograph_leaves_its_patient_behind(tmp_path):
