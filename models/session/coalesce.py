@@ -36,10 +36,14 @@ class Coalescer:
 
     Args:
         run: The network: a batch, and whether to give working memory back afterwards.
+        max_voxels: Of batches taken together; 0 runs each alone, one after another.
     """
 
-    def __init__(self, run: Callable[[Float32Array, bool], Outputs]) -> None:
+    def __init__(
+        self, run: Callable[[Float32Array, bool], Outputs], *, max_voxels: int = MAX_VOXELS
+    ) -> None:
         self._run = run
+        self._max_voxels = max_voxels
         self._waiting: list[_Job] = []
         self._is_busy = False
         self._changed = threading.Condition()
@@ -75,7 +79,7 @@ class Coalescer:
         self._waiting.remove(job)
         together, num_voxels = [job], job.batch.size
         for other in list(self._waiting):
-            fits = num_voxels + other.batch.size <= MAX_VOXELS
+            fits = num_voxels + other.batch.size <= self._max_voxels
             if fits and other.batch.shape[1:] == job.batch.shape[1:]:
                 self._waiting.remove(other)
                 together.append(other)

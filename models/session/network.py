@@ -18,7 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from models.bundle import BundleError, Manifest, feature_map_of, features_of
 from models.session.binding import Bound
-from models.session.coalesce import Coalescer, Outputs
+from models.session.coalesce import MAX_VOXELS, Coalescer, Outputs
 from models.session.memory import allocation_failure, resident_memory_bytes
 from models.session.providers import Device
 
@@ -32,6 +32,9 @@ FAILURES: tuple[type[Exception], ...] = (
     ),
 )
 """What onnxruntime raises when it loads or runs."""
+KEPT_VOXELS = 1 << 18
+"""Of a batch whose working memory a CPU keeps for the next one although it is asked to give it
+back: to fetch it anew each time made patches of 64x64x32 an eighth slower."""
 
 
 class Network:
@@ -61,6 +64,8 @@ class Network:
         self._device = device
         self._run_limit_s = run_limit_s
         self._before_bytes = before_bytes
+        self._unreleased_voxels = 0
+        """Of the largest batch since memory was given back last."""
         self._bound: Bound | None = None
         if device.is_gpu:
             self._bound = Bound(
@@ -70,17 +75,21 @@ class Network:
                 input_name=self._input_name,
                 output_names=self._output_names,
             )
-        self.run_together = Coalescer(partial(self._run, self._output_names))
+        # A CPU gains nothing from larger batches: they take memory, and the first one waits.
+        together = {"max_voxels": MAX_VOXELS if device.is_gpu else 0}
+        self.run_together = Coalescer(partial(self._run, self._output_names), **together)
         mapped = feature_map_of(manifest)
         names = [*self._output_names, *([mapped.name] if mapped is not None else [])]
-        self.run_with_map_together = Coalescer(partial(self._run, names))
+        self.run_with_map_together = Coalescer(partial(self._run, names), **together)
         """The same with the encoder's feature map, which is copied out only where it is wanted."""
         self.grown_bytes = 0
         """By how much the process grew from before the opening until after the first run."""
 
     def _run(self, names: list[str], batch: Float32Array, release_memory: bool) -> Outputs:
         options = onnxruntime.RunOptions()
-        if release_memory:
+        self._unreleased_voxels = max(self._unreleased_voxels, batch.size)
+        if release_memory and (self._device.is_gpu or self._unreleased_voxels > KEPT_VOXELS):
+            self._unreleased_voxels = 0
             arena = f"gpu:{self._device.number}" if self._device.is_gpu else "cpu:0"
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         with _time_limit(options, self._run_limit_s) as over:

@@ -36,7 +36,7 @@ Precision = Literal["auto", "float32", "float16"]
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class OnnxSession:
-    """A model ready to run; safe to share between threads, whose batches run together."""
+    """A model ready to run; safe to share between threads, whose batches a GPU runs together."""
 
     manifest: Manifest
     digest: str
@@ -62,7 +62,7 @@ class OnnxSession:
         Args:
             batch: Network input, (B, C, I, J, K).
             release_memory: Give working memory back to the system afterwards; for the last batch
-                of a scan.
+                of a scan. A CPU keeps what small batches take (`network.KEPT_VOXELS`).
 
         Returns:
             The manifest's first output: a segmenter's logits (B, L, I, J, K), a classifier's

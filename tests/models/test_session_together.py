@@ -1,3 +1,4 @@
+import contextlib
 import threading
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from models.bundle import BundleError
 from models.session import SessionCache, open_session
 from models.session.coalesce import MAX_VOXELS, Coalescer
+from models.session.network import KEPT_VOXELS
 
 
 class Slow:
@@ -81,6 +83,53 @@ def test_large_batches_are_not_run_together():
 
     assert network.batches == [1, 1, 1]
     assert len(found) == 3
+
+
+def test_of_the_smallest_batches_nothing_is_run_together_where_that_gains_nothing():
+    network = Slow()
+    together = Coalescer(network, max_voxels=0)
+    threads = [
+        threading.Thread(target=together, args=(np.full((1, 1, 2, 2, 2), value), False))
+        for value in (1.0, 2.0, 3.0)
+    ]
+    threads[0].start()
+    assert network.entered.wait(10.0)
+    for thread in threads[1:]:
+        thread.start()
+    while len(together._waiting) < 2:
+        pass
+    network.go_on.set()
+    for thread in threads:
+        thread.join(10.0)
+
+    assert network.batches == [1, 1, 1]
+
+
+def test_memory_of_small_batches_is_kept_and_that_of_larger_ones_given_back(
+    make_bundle, random_encoder
+):
+    session = open_session(make_bundle(random_encoder), num_threads=1)
+    network = session._network
+    gives_back = []
+
+    class Watched:
+        def run(self, names, feed, options, real=network._inference):
+            with contextlib.suppress(RuntimeError):  # there is no such entry
+                options.get_run_config_entry("memory.enable_memory_arena_shrinkage")
+                gives_back.append(next(iter(feed.values())).shape)
+            return real.run(names, feed, options)
+
+    network._inference = Watched()
+    small = np.zeros((1, 1, 16, 16, 8), np.float32)
+    large = np.zeros((KEPT_VOXELS // small.size + 1, 1, 16, 16, 8), np.float32)
+
+    session.run(small, release_memory=True)
+    assert gives_back == []
+    session.run(large, release_memory=False)
+    session.run(small, release_memory=True)  # the last, smaller batch of a large scan
+    assert gives_back == [small.shape]
+    session.run(small, release_memory=True)
+    assert gives_back == [small.shape]
 
 
 def test_a_lone_caller_waits_for_nobody():
