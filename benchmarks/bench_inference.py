@@ -7,13 +7,13 @@ turn in one process. MONAI runs as a user would write it: `SlidingWindowInferer`
 network in PyTorch eager, 96x96x64 windows, Gaussian, overlap 0.5, then argmax. Ours is
 `predict.segment` on the exported bundle: with the same windows, and with our defaults.
 
-The CT is one of ../shared/data that the network never saw, else a phantom. The network is trained
-first if it is not there yet (`benchmarks.bundles`), or comes as `--bundle`. The cascade is measured
-at 1.5 mm, against MONAI at 1.5 mm with the cascade's own fine network (`--fine`); a coarse network
-(`--coarse`) finds the liver at 4 mm. `--only` measures one of the two. `--memory` measures the
-peak of a process that segments 512x512x1000 voxels, `--growth` that of 1, 2, 4 and 8 times as many
-voxels, more windows and more classes; `--study` compares windows and overlaps, which is where our
-defaults come from.
+The CT is one of ../shared/data that the networks never saw, else a phantom. One network segments it
+at 1.5 mm, in one pass and in a cascade, in which another one finds the liver at 4 mm first; they
+are trained if they are not there yet (`benchmarks.bundles`), or come as `--fine` and `--coarse`.
+`--only` measures one of the two, `--bundle` names another network for the single pass. `--memory`
+measures the peak of a process that segments 512x512x1000 voxels, `--growth` that of 1, 2, 4 and 8
+times as many voxels, more windows and more classes; `--study` compares windows and overlaps, which
+is where our defaults come from.
 """
 
 from __future__ import annotations
@@ -97,13 +97,7 @@ def main() -> None:
 
 def speed(asked: argparse.Namespace, device: torch.device) -> Result:
     """The contenders in turn, and how far their masks agree."""
-    folder = asked.bundle or bundles.trained(
-        asked.cache,
-        width=asked.width,
-        num_steps=asked.steps,
-        threads=asked.threads,
-        parent=_coarse(asked),
-    )
+    folder = asked.bundle or _fine(asked)
     session = open_session(folder, device=asked.device, num_threads=asked.threads)
     name, volume, truth = _scan(session.manifest, is_tiny=asked.smoke)
     patch = volume_input(session.manifest)[1] if asked.smoke else bundles.PATCH
@@ -151,16 +145,7 @@ def cascade(asked: argparse.Namespace, device: torch.device, scratch: Path) -> R
     The Dice is that of both masks over the whole scan: what MONAI's pass finds far from the liver
     counts against the cascade. `cascade_largest_dice` is that of the largest component of each.
     """
-    coarse = _coarse(asked)
-    fine = asked.fine or bundles.trained(
-        asked.cache,
-        width=asked.width,
-        num_steps=asked.fine_steps,
-        threads=asked.threads,
-        spacing_mm=two_pass.FINE_MM,
-        patch=bundles.PATCH,
-        parent=coarse,
-    )
+    coarse, fine = _coarse(asked), _fine(asked)
     manifest = bundle_files.load(fine)
     name, volume, truth = _scan(manifest, is_tiny=asked.smoke)
     patch = volume_input(manifest)[1] if asked.smoke else bundles.PATCH
@@ -187,8 +172,22 @@ def cascade(asked: argparse.Namespace, device: torch.device, scratch: Path) -> R
     }
 
 
+def _fine(asked: argparse.Namespace) -> Path:
+    """What makes the masks, at 1.5 mm, with the windows of the comparison."""
+    given: Path | None = asked.fine
+    return given or bundles.trained(
+        asked.cache,
+        width=asked.width,
+        num_steps=asked.fine_steps,
+        threads=asked.threads,
+        spacing_mm=two_pass.FINE_MM,
+        patch=bundles.PATCH,
+        parent=_coarse(asked),
+    )
+
+
 def _coarse(asked: argparse.Namespace) -> Path:
-    """What finds the liver at 4 mm; the other networks begin with its weights."""
+    """What finds the liver at 4 mm; the fine network begins with its weights."""
     given: Path | None = asked.coarse
     return given or bundles.trained(
         asked.cache,
@@ -306,8 +305,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=("one_pass", "cascade"), help="leave out the other")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the trained one is kept")
     parser.add_argument("--width", type=int, default=8, help="base width of the network")
-    parser.add_argument("--steps", type=int, default=900, help="of its training")
-    parser.add_argument("--fine-steps", type=int, default=600, help="of the fine network's")
+    parser.add_argument("--steps", type=int, default=900, help="of the coarse network's training")
+    parser.add_argument("--fine-steps", type=int, default=400, help="of the fine network's")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
