@@ -183,6 +183,7 @@ def _fine(asked: argparse.Namespace) -> Path:
         spacing_mm=two_pass.FINE_MM,
         patch=bundles.PATCH,
         parent=_coarse(asked),
+        device=asked.device,
     )
 
 
@@ -195,6 +196,7 @@ def _coarse(asked: argparse.Namespace) -> Path:
         num_steps=asked.steps,
         threads=asked.threads,
         spacing_mm=two_pass.COARSE_MM,
+        device=asked.device,
     )
 
 

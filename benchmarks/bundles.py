@@ -105,17 +105,19 @@ def trained(
     spacing_mm: float = SPACING_MM[0],
     patch: Size = TRAINED_PATCH,
     parent: Path | None = None,
+    device: str = "cpu",
 ) -> Path:
     """A segmenter of the liver, learned once and kept under `cache`; see the module.
 
     Args:
-        cache: Where it is kept, by what follows but for threads and parent.
+        cache: Where it is kept, by what follows but for threads, parent and device.
         width: Base width of the network.
         num_steps: Of the training.
         threads: Of torch.
         spacing_mm: Of its voxels.
         patch: What it learns from.
         parent: Segmenter whose weights it starts from, at whatever spacing; None: random ones.
+        device: `cpu` or `cuda`, on which it learns.
     """
     is_real = SHARED.is_dir()
     out = cache / f"{'btcv' if is_real else 'phantom'}-w{width}-s{num_steps}"
@@ -149,7 +151,7 @@ def trained(
         discover(scans, channels=recipe.channels, shares=recipe.split),
         out,
         Human(),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         should_stop=lambda: False,
         parent=parent,
     )

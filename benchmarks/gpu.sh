@@ -83,7 +83,7 @@ else
     part input 120 "$python" -m benchmarks.bench_input --json --rounds 3
     if can_infer CUDAExecutionProvider; then
         part inference 240 "$python" -m benchmarks.bench_inference --json --device cuda \
-            --only one_pass --width 32 --steps 300 --rounds 3
+            --only one_pass --width 32 --steps 300 --fine-steps 100 --rounds 3
     fi
 fi
 
