@@ -61,8 +61,9 @@ VOXELS = "voxels"
 """What a detached header calls the file of its voxels; readers find it by its size."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
-"""Pixels that a PNG holds as Pillow has them; others (a JPEG's CMYK) are read as colours anyway."""
+_PNG_MODES = {"1", "L", "LA", "I", "I;16", "RGB", "RGBA"}
+"""Pixels that a PNG holds as Pillow has them; others are read as colours anyway: a JPEG's CMYK, and
+a palette, which may have room for words and less colours than the pixels ask for."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -252,10 +253,12 @@ def _redraw(source: _Counted, target: BinaryIO) -> None:
     tables that no scan uses, behind the last line that a decoder asks for.
     """
     data = read_capped(cast(BinaryIO, source), MAX_FILE_BYTES)
+    clean = io.BytesIO()
     with opened(data) as picture:
         shown = picture if picture.mode in _PNG_MODES else picture.convert("RGB")
         shown.info.clear()  # Pillow writes profiles and resolutions that it finds there
-        shown.save(target, "PNG", compress_level=1)
+        shown.save(clean, "PNG", compress_level=1)
+    target.write(clean.getbuffer())  # a full disk is not the picture's fault
 
 
 _CLEANERS: dict[Form, Any] = {

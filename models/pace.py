@@ -18,7 +18,7 @@ import numpy as np
 from imaging.volume import Shape
 from models.bundle import volume_input
 from models.memory import resident_bytes, waited_s
-from models.session import OnnxSession
+from models.session import OnnxSession, give_memory_back
 
 PROBE_SIDE = 48
 """Voxels along an axis of the window on which the network is tried."""
@@ -97,6 +97,7 @@ def _measured(session: OnnxSession) -> Pace:
 def _round(
     session: OnnxSession, batch: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 ) -> _Round:
+    give_memory_back()  # what the heap keeps of earlier work would be filled without growing
     before = resident_bytes()
     session.run(batch)
     grown = max(resident_bytes() - before, 0)

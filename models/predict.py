@@ -309,16 +309,17 @@ def embed(
             if share > 0 or (watch is not None and watch.wants(start, patch))
         ]
     counter = Counter(progress, should_stop, len(weighted))
+    may_keep = session.may_keep_memory(min(at_once, len(weighted)) * math.prod(patch))
     total: NDArray[np.float64] = np.zeros(1)
     with clock.stage("infer"):
         for chunk in chunks(weighted, at_once):
             counter.before_batch()
             batch = np.stack([window(padded, start, patch)[None] for start, _ in chunk])
-            is_last = counter.done + len(chunk) == counter.total
+            ends = counter.done + len(chunk) == counter.total and not may_keep
             if watch is None:
-                embeddings = session.run(batch, release_memory=is_last)  # (B, E)
+                embeddings = session.run(batch, release_memory=ends)  # (B, E)
             else:
-                embeddings, maps = session.run_with_map(batch, release_memory=is_last)
+                embeddings, maps = session.run_with_map(batch, release_memory=ends)
                 watch.add([start for start, _ in chunk], patch, maps)
             weights = np.array([weight for _, weight in chunk])
             total = total + weights @ embeddings.astype(np.float64)  # (E,)

@@ -29,6 +29,7 @@ def embed_image(session: OnnxSession, pixels: Float32Array) -> Embedding:
         square = prepare_image(pixels, spec)  # (S, S)
         batch = as_channels(square, spec.normalisation)[None]  # (1, 3, S, S)
     with clock.stage("infer"):
-        (embedding,) = session.run(batch, release_memory=True)  # (E,)
+        gives_back = not session.may_keep_memory(batch.size)
+        (embedding,) = session.run(batch, release_memory=gives_back)  # (E,)
     vector, distance = on_the_sphere(embedding, session)
     return Embedding(vector, 1, clock.timings_s(), distance)

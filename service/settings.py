@@ -201,7 +201,7 @@ class Settings(BaseSettings):
     originals_days: float = Field(
         default=0.0,
         ge=0,
-        description="Days until the file as it was sent is removed; the voxels stay. 0 keeps it.",
+        description="Days until the kept file is removed; the voxels stay. 0 keeps it.",
     )
     failed_work_days: float = Field(
         default=14.0,

@@ -1,7 +1,8 @@
 """Batches that several threads bring at once become one run of the network.
 
 Nobody waits for company: a batch that finds the network idle runs at once, alone. What arrives
-while it runs is taken together when it ends. So batches grow with the load.
+while it runs is taken together when it ends, in the order in which it came. So batches grow with
+the load.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Coalescer:
         job = _Job(batch, release_memory)
         with self._changed:
             self._waiting.append(job)
-            while self._is_busy and not job.is_done:
-                self._changed.wait()
+            while not job.is_done and (self._is_busy or self._waiting[0] is not job):
+                self._changed.wait()  # its turn: who runs again at once would starve the others
             if not job.is_done:
                 self._is_busy = True
                 together = self._take(job)

@@ -32,9 +32,6 @@ FAILURES: tuple[type[Exception], ...] = (
     ),
 )
 """What onnxruntime raises when it loads or runs."""
-KEPT_VOXELS = 1 << 18
-"""Of a batch whose working memory a CPU keeps for the next one although it is asked to give it
-back: to fetch it anew each time made patches of 64x64x32 an eighth slower."""
 
 
 class Network:
@@ -62,10 +59,9 @@ class Network:
         if (features := features_of(manifest)) is not None:
             self._output_names.append(features.name)
         self._device = device
+        self.is_gpu = device.is_gpu
         self._run_limit_s = run_limit_s
         self._before_bytes = before_bytes
-        self._unreleased_voxels = 0
-        """Of the largest batch since memory was given back last."""
         self._bound: Bound | None = None
         if device.is_gpu:
             self._bound = Bound(
@@ -87,9 +83,7 @@ class Network:
 
     def _run(self, names: list[str], batch: Float32Array, release_memory: bool) -> Outputs:
         options = onnxruntime.RunOptions()
-        self._unreleased_voxels = max(self._unreleased_voxels, batch.size)
-        if release_memory and (self._device.is_gpu or self._unreleased_voxels > KEPT_VOXELS):
-            self._unreleased_voxels = 0
+        if release_memory:
             arena = f"gpu:{self._device.number}" if self._device.is_gpu else "cpu:0"
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         with _time_limit(options, self._run_limit_s) as over:

@@ -1,5 +1,6 @@
 """Files other than DICOM: what says whose the voxels are goes, what says what they are stays."""
 
+import errno
 import gzip
 import io
 import zipfile
@@ -223,6 +224,36 @@ def test_what_lies_behind_the_pixels_of_a_png_or_in_tables_of_a_jpeg_goes() -> N
         kept = clean(data)
         assert b"CANARY" not in kept
         assert np.array_equal(decode_image(kept).pixels, decode_image(data).pixels)
+
+
+@pytest.mark.parametrize("num_colours", [4, 256])
+def test_of_a_palette_the_colours_that_are_seen_stay(num_colours) -> None:
+    indices = np.arange(60, dtype=np.uint8).reshape(6, 10) % 4
+    picture = Image.fromarray(indices).convert("P")
+    colours = bytes([0, 0, 0, 90, 20, 10, 40, 80, 60, 250, 240, 230])
+    picture.putpalette((colours + b"CANARY" * 126)[: 3 * num_colours])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    data = buffer.getvalue()
+    assert (b"CANARY" in data) == (num_colours == 256)
+
+    kept = clean(data)
+
+    assert b"CANARY" not in kept
+    assert np.array_equal(decode_image(kept).pixels, decode_image(data).pixels)
+
+
+def test_a_full_disk_is_not_the_pictures_fault() -> None:
+    class Full(io.BytesIO):
+        def write(self, _data) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "PNG")
+    buffer.seek(0)
+
+    with pytest.raises(OSError, match="full"):
+        clean_file(buffer, Full(), "png")
 
 
 @pytest.mark.parametrize("cut", [0.2, 0.6, 0.98])

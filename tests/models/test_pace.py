@@ -94,6 +94,17 @@ def test_a_real_network_is_measured(make_bundle, random_conv_model):
     assert np.isfinite(found.working_bytes)
 
 
+def test_working_memory_is_measured_of_a_network_that_has_run_before(tmp_path):
+    from benchmarks import bundles
+    from models.session import open_session
+
+    folder = bundles.untrained(tmp_path / "wide", width=16, patch=(48, 48, 48))
+    session = open_session(folder, num_threads=1)
+    session.run(np.zeros((1, 1, 48, 48, 48), np.float32))
+
+    assert pace.pace_of(session).working_bytes > 16 * 4  # a voxel of one feature map
+
+
 def test_the_kernel_tells_how_long_this_thread_waited():
     before = memory.waited_s()
     sum(range(100_000))

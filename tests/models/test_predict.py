@@ -10,7 +10,7 @@ from imaging.volume import Volume
 from models.bundle import BundleError
 from models.predict import Stopped, embed, segment
 from models.preprocess import prepare
-from models.session import open_session
+from models.session import open_session, opening
 from models.tiling import Windows
 
 
@@ -224,6 +224,31 @@ def test_an_embedding_has_unit_length_and_comes_out_the_same_again(encoder):
     assert first.vector.dtype == np.float32
     assert np.linalg.norm(first.vector) == pytest.approx(1, abs=1e-6)
     np.testing.assert_array_equal(first.vector, second.vector)
+
+
+@pytest.mark.parametrize(("most", "gives_back"), [(None, False), (0, True)])
+def test_a_small_scan_leaves_its_working_memory_for_the_next_one(
+    encoder, monkeypatch, most, gives_back
+):
+    network, shrank = encoder._network, []
+    real = network._inference
+
+    class Watched:
+        def run(self, names, feed, options):
+            try:
+                options.get_run_config_entry("memory.enable_memory_arena_shrinkage")
+                shrank.append(True)
+            except RuntimeError:  # there is no such entry
+                shrank.append(False)
+            return real.run(names, feed, options)
+
+    monkeypatch.setattr(network, "_inference", Watched())
+    if most is not None:
+        monkeypatch.setattr(opening, "KEPT_VOXELS", most)
+
+    embed(encoder, phantom((40, 33, 25), (1.0, 1.2, 1.0))[0])
+
+    assert shrank[-1] is gives_back
 
 
 def test_an_embedding_is_the_mean_of_windows_weighted_by_their_share_of_body(encoder):

@@ -1,4 +1,3 @@
-import contextlib
 import threading
 
 import numpy as np
@@ -7,7 +6,6 @@ import pytest
 from models.bundle import BundleError
 from models.session import SessionCache, open_session
 from models.session.coalesce import MAX_VOXELS, Coalescer
-from models.session.network import KEPT_VOXELS
 
 
 class Slow:
@@ -105,31 +103,35 @@ def test_of_the_smallest_batches_nothing_is_run_together_where_that_gains_nothin
     assert network.batches == [1, 1, 1]
 
 
-def test_memory_of_small_batches_is_kept_and_that_of_larger_ones_given_back(
-    make_bundle, random_encoder
-):
-    session = open_session(make_bundle(random_encoder), num_threads=1)
-    network = session._network
-    gives_back = []
+def test_the_network_serves_in_the_order_of_arrival():
+    """A caller that asks again at once does not push in."""
+    entered, go_on, served = threading.Event(), threading.Event(), []
 
-    class Watched:
-        def run(self, names, feed, options, real=network._inference):
-            with contextlib.suppress(RuntimeError):  # there is no such entry
-                options.get_run_config_entry("memory.enable_memory_arena_shrinkage")
-                gives_back.append(next(iter(feed.values())).shape)
-            return real.run(names, feed, options)
+    def run(batch, _release):
+        served.append(float(batch.flat[0]))
+        entered.set()
+        assert go_on.wait(10.0)
+        return (batch,)
 
-    network._inference = Watched()
-    small = np.zeros((1, 1, 16, 16, 8), np.float32)
-    large = np.zeros((KEPT_VOXELS // small.size + 1, 1, 16, 16, 8), np.float32)
+    together = Coalescer(run, max_voxels=0)
 
-    session.run(small, release_memory=True)
-    assert gives_back == []
-    session.run(large, release_memory=False)
-    session.run(small, release_memory=True)  # the last, smaller batch of a large scan
-    assert gives_back == [small.shape]
-    session.run(small, release_memory=True)
-    assert gives_back == [small.shape]
+    def ask(value, times):
+        for _ in range(times):
+            together(np.full((1, 1), value), False)
+
+    threads = [threading.Thread(target=ask, args=(1.0, 4))]
+    threads[0].start()
+    assert entered.wait(10.0)
+    for value in (2.0, 3.0):
+        threads.append(threading.Thread(target=ask, args=(value, 1)))
+        threads[-1].start()
+        while len(together._waiting) < len(threads) - 1:
+            pass
+    go_on.set()
+    for thread in threads:
+        thread.join(10.0)
+
+    assert served == [1.0, 2.0, 3.0, 1.0, 1.0, 1.0]
 
 
 def test_a_lone_caller_waits_for_nobody():

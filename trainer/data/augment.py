@@ -208,6 +208,8 @@ def corrupt(
             soft = banded.along_axes(painted, (along_k, along_i, along_j))
             _by_slice(out[:, 0])[at] = soft
         return out
+    if len(clean) == 0:
+        return out
     view = clean[:, 0]
     noise = uniform_noise(_by_slice(view).shape, random)
     is_noise = noise_share(corruption, view.shape[1:], view.device)
