@@ -53,7 +53,7 @@ def rotate_and_scale(x: Tensor, angles: Tensor, scales: Tensor) -> Tensor:
 
 
 def along_k(back: Tensor, shape: torch.Size) -> Tensor:
-    """First pass: slice k of the output, still with the input's I and J; 0 outside.
+    """Where the first pass reads: slice k of the output, still with the input's I and J; 0 outside.
 
         for the output voxel p that will be read at (i, j) of slice p_k:
             out[i, j, p_k] = x[i, j, (A p)_k], where (A p)_i = i and (A p)_j = j
@@ -78,7 +78,7 @@ def along_k(back: Tensor, shape: torch.Size) -> Tensor:
 
 
 def within_slices(back: Tensor, shape: torch.Size) -> Tensor:
-    """Second pass: slice p_k read at ((A p)_i, (A p)_j), 0 outside, (B, K, I, J, 2)."""
+    """Where the second pass reads: slice p_k at ((A p)_i, (A p)_j), 0 outside, (B, K, I, J, 2)."""
     _, k, i, j = shape
     (ii, ij, ik), (ji, jj, jk) = (row.unbind(1) for row in back[:, :2].unbind(1))
     return _grid((k, i, j), 2 / j, (jk, ji, jj), 2 / i, (ik, ii, ij))

@@ -66,7 +66,7 @@ class Banded:
 
     @property
     def num_rows(self) -> int:
-        """M."""
+        """Of the whole matrix."""
         return self.blocks.shape[0] * self.blocks.shape[1]
 
     def along_last(self, lines: Tensor) -> Tensor:
