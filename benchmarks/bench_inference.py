@@ -8,7 +8,7 @@ network in PyTorch eager, 96x96x64 windows, Gaussian, overlap 0.5, then argmax. 
 `predict.segment` on the exported bundle: with the same windows, and with our defaults.
 
 The CT is one of ../shared/data that the networks never saw, else a phantom. One network segments it
-at 1.5 mm, in one pass and in a cascade, in which another one finds the liver at 4 mm first; they
+at 2 mm, in one pass and in a cascade, in which another one finds the liver at 4 mm first; they
 are trained if they are not there yet (`benchmarks.bundles`), or come as `--fine` and `--coarse`.
 `--only` measures one of the two, `--bundle` names another network for the single pass. `--memory`
 measures the peak of a process that segments 512x512x1000 voxels, `--growth` that of 1, 2, 4 and 8
@@ -173,7 +173,7 @@ def cascade(asked: argparse.Namespace, device: torch.device, scratch: Path) -> R
 
 
 def _fine(asked: argparse.Namespace) -> Path:
-    """What makes the masks, at 1.5 mm, with the windows of the comparison."""
+    """What makes the masks, at 2 mm, with the windows of the comparison."""
     given: Path | None = asked.fine
     return given or bundles.trained(
         asked.cache,
@@ -302,13 +302,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--smoke", action="store_true", help="tiny, to see whether it runs")
     parser.add_argument("--bundle", type=Path, help="a segmenter with its weights")
-    parser.add_argument("--fine", type=Path, help="the cascade's fine network, at 1.5 mm")
+    parser.add_argument("--fine", type=Path, help="the cascade's fine network, at 2 mm")
     parser.add_argument("--coarse", type=Path, help="the network that finds the liver, at 4 mm")
     parser.add_argument("--only", choices=("one_pass", "cascade"), help="leave out the other")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the trained one is kept")
     parser.add_argument("--width", type=int, default=8, help="base width of the network")
     parser.add_argument("--steps", type=int, default=900, help="of the coarse network's training")
-    parser.add_argument("--fine-steps", type=int, default=400, help="of the fine network's")
+    parser.add_argument("--fine-steps", type=int, default=700, help="of the fine network's")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -144,6 +144,7 @@ def trained(
         log_every=50,
         split=SplitShares(train=0.93, val=0.07, test=0.0),
         overlap=0.25,
+        foreground_share=0.5,  # half of what it sees lies anywhere, as a scan does
     )
     torch.set_num_threads(threads)
     return finetune.run(

@@ -29,7 +29,9 @@ from models.session import open_session
 from models.tiling import window_starts
 
 MARGIN_MM = 15.0
-COARSE_MM, FINE_MM = 4.0, 1.5
+COARSE_MM, FINE_MM = 4.0, 2.0
+COUNTED_MM = 1.5
+"""Of the fine pass where windows are counted alone."""
 NUM_SCANS = 5
 Labels = NDArray[np.uint8]
 Result = dict[str, object]
@@ -100,7 +102,7 @@ def windows_saved(
         patch: Of both passes.
         overlap: Of both passes.
     """
-    fine = resampled_grid(volume.grid, (FINE_MM,) * 3)
+    fine = resampled_grid(volume.grid, (COUNTED_MM,) * 3)
     coarse = resampled_grid(volume.grid, (COARSE_MM,) * 3)
     found = box.around(organ)
     assert found is not None

@@ -7,7 +7,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from models.recipe import CropPairs
-from trainer.data import affine, augment, banded
+from trainer.data import affine, augment, filters
 from trainer.data.banded import Banded
 from trainer.data.resident import Resident
 from trainer.data.sampling import Pairs
@@ -24,7 +24,7 @@ def random_batch(batch: int, n: int = 16) -> torch.Tensor:
 def test_the_blur_matrix_equals_scipys_filter(sigma: float) -> None:
     signal = np.random.default_rng(0).random(12)
 
-    matrix = augment.blur_matrix(12, torch.tensor([sigma], dtype=torch.float64))[0]
+    matrix = filters.blur_matrix(12, torch.tensor([sigma], dtype=torch.float64))[0]
 
     expected = ndimage.gaussian_filter1d(signal, sigma, mode="nearest") if sigma else signal
     np.testing.assert_allclose(matrix.numpy() @ signal, expected, atol=1e-7)
@@ -38,7 +38,7 @@ def test_the_resize_matrix_equals_filter_and_interpolation(num_in: int, num_out:
     smooth = ndimage.gaussian_filter1d(signal, sigma, mode="nearest") if sigma else signal
     expected = np.interp((np.arange(num_out) + 0.5) * scale - 0.5, np.arange(num_in), smooth)
 
-    actual = augment.resize_matrix(num_in, num_out).numpy() @ signal
+    actual = filters.resize_matrix(num_in, num_out).numpy() @ signal
 
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
@@ -46,9 +46,9 @@ def test_the_resize_matrix_equals_filter_and_interpolation(num_in: int, num_out:
 def test_matrices_along_the_axes_equal_a_3d_gaussian() -> None:
     volume = np.random.default_rng(0).random((2, 8, 9, 10)).astype(np.float32)
     sigma = torch.tensor([[0.5, 1.0, 1.5], [2.0, 0.0, 1.0]])
-    matrices = [augment.blur_matrix(n, sigma[:, a]) for a, n in enumerate((8, 9, 10))]
+    matrices = [filters.blur_matrix(n, sigma[:, a]) for a, n in enumerate((8, 9, 10))]
 
-    actual = augment.along_axes(torch.from_numpy(volume), matrices).numpy()
+    actual = filters.along_axes(torch.from_numpy(volume), matrices).numpy()
 
     for b in range(2):
         expected = ndimage.gaussian_filter(volume[b], sigma[b].tolist(), mode="nearest")
@@ -62,7 +62,7 @@ def test_resizing_equals_a_dense_product_with_each_axis(extents: tuple[int, int,
 
     actual = augment.resize(crops, size, flip_k=torch.tensor([False, True]))
 
-    dense = [augment.resize_matrix(*along).double() for along in zip(extents, size, strict=True)]
+    dense = [filters.resize_matrix(*along).double() for along in zip(extents, size, strict=True)]
     expected = crops.double()
     for matrix in dense:  # each takes the foremost of three axes to the end
         expected = torch.tensordot(expected, matrix, dims=([1], [1]))
@@ -82,20 +82,39 @@ def test_painting_box_by_box_is_painting_by_shares(painting: int) -> None:
     assert torch.equal(painted.permute(1, 2, 0), torch.lerp(view, noise, share))
 
 
-@pytest.mark.parametrize("layout", [(0, 1, 2), (2, 0, 1)])
-def test_a_filter_cut_in_two_is_the_whole_filter_and_nothing_narrower_is(layout) -> None:
-    volume = torch.from_numpy(np.random.default_rng(0).random((12, 14, 16))).permute(layout)
-    sigma = torch.tensor([0.9], dtype=torch.float64)  # of four voxels
-    whole = [augment.blur_matrix(n, sigma)[0] for n in volume.shape]
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 0.9, 2.0, 6.0])
+def test_what_a_filter_reads_is_its_matrix_along_every_axis(sigma: float) -> None:
+    volume = torch.from_numpy(np.random.default_rng(0).random((12, 14, 16))).float()
+    whole = [filters.blur_matrix(n, torch.tensor([sigma]).double())[0] for n in volume.shape]
 
-    cut, narrow = (
-        banded.along_axes(volume, tuple(Banded.of_filter(matrix, radius) for matrix in whole))
-        for radius in (4, 2)
-    )
+    wider = torch.tensor([[sigma] * 3, [7.0] * 3])
+    (first, middle, last), _ = augment.blur_taps(volume.shape, wider)
+    once = middle.along(first.along(volume, 0), 1)
 
-    expected = torch.einsum("ai,bj,ck,ijk->abc", *whole, volume)
-    torch.testing.assert_close(cut, expected)
-    assert not torch.allclose(narrow, expected, atol=1e-4)
+    expected = torch.einsum("ai,bj,ck,ijk->abc", *whole, volume.double()).float()
+    torch.testing.assert_close(last.along_last(once), expected)
+    torch.testing.assert_close(last.last_to_first(once), expected.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("num_in", "num_out"), [(112, 72), (56, 40), (33, 16), (32, 72), (7, 9)])
+def test_a_matrix_cut_into_blocks_is_the_whole_and_a_narrower_band_is_not(num_in, num_out) -> None:
+    matrix = filters.resize_matrix(num_in, num_out)
+    first = (matrix != 0).int().argmax(dim=1).tolist()
+    end = (num_in - (matrix != 0).flip(1).int().argmax(dim=1)).tolist()
+    lines = torch.from_numpy(np.random.default_rng(0).random((20, num_in))).float()
+    # Every other line of a larger memory, with room around, of which nothing else is written.
+    room = torch.full((40, num_out + 6), 7.0)
+
+    Banded.cut(matrix, first, end).of_lines(lines, out=room[::2, 3:-3])
+    turned = Banded.cut(matrix, first, end).of_lines_turned(lines)
+
+    expected = lines @ matrix.T
+    torch.testing.assert_close(room[::2, 3:-3], expected)
+    torch.testing.assert_close(turned, expected.T)
+    assert (room[1::2] == 7).all() and (room[:, :3] == 7).all() and (room[:, -3:] == 7).all()
+    if num_in > num_out:
+        narrow = Banded.cut(matrix, first, [column - 1 for column in end])
+        assert not torch.allclose(narrow.of_lines_turned(lines), expected.T, atol=1e-4)
 
 
 def test_a_rotation_equals_scipys_and_no_angle_changes_nothing() -> None:
@@ -215,9 +234,10 @@ ANGLES, SCALES = np.deg2rad([8.0, -6.0, 10.0]), np.array([1.1, -0.95, 0.9])
 
 
 def turned(x: np.ndarray, angles: np.ndarray = ANGLES, scales: np.ndarray = SCALES) -> np.ndarray:
-    """What `rotate_and_scale` makes of one view."""
-    drawn = (torch.tensor(each, dtype=torch.float32)[None] for each in (angles, scales))
-    return affine.rotate_and_scale(torch.from_numpy(x)[None], *drawn)[0].numpy()
+    """What `affine.warp` makes of one crop that has the view's size."""
+    i, j, k = x.shape
+    shears = affine.Shears.of(*(torch.from_numpy(each)[None] for each in (angles, scales)))
+    return affine.warp(torch.from_numpy(x)[None], (i, j, k), shears)[0].numpy()
 
 
 def test_turns_about_all_axes_move_coordinates_as_scipys_matrices_do() -> None:
@@ -236,47 +256,77 @@ def test_turns_about_all_axes_move_coordinates_as_scipys_matrices_do() -> None:
         assert np.abs(moved - other)[inner].max() > 0.01  # so the order of turns is checked
 
 
-def test_turns_about_all_axes_equal_two_passes_of_scipys_interpolation() -> None:
-    """Along K at the coordinate that keeps I and J, then in each slice; also outside the view."""
-    x = np.random.default_rng(0).random((18, 20, 12)).astype(np.float32)
-    back, centre = back_of(ANGLES, SCALES), (np.array(x.shape) - 1) / 2
+def test_shears_put_together_are_the_map() -> None:
+    angles, scales = np.deg2rad([[8.0, -6.0, 10.0], [-30, 45, 20]]), np.array([SCALES, [1, 1, -1]])
+    shears = affine.Shears.of(torch.from_numpy(angles), torch.from_numpy(scales))
+
+    for at in range(2):
+        along_k, along_i, along_j = np.eye(3), np.eye(3), np.eye(3)
+        along_j[1, [2, 0]] = shears.along_j[at]
+        along_k[2, [0, 1]] = shears.along_k[at]
+        along_i[0, [1, 2]] = shears.along_i[at]
+        together = np.diag(shears.scale[at]) @ along_j @ along_k @ along_i
+
+        np.testing.assert_allclose(together, back_of(angles[at], scales[at]), atol=1e-12)
+        other = np.diag(shears.scale[at]) @ along_i @ along_k @ along_j
+        assert np.abs(other - together).max() > 1e-3
+
+
+def read_along(x: np.ndarray, axis: int, at: np.ndarray) -> np.ndarray:
+    """Linear interpolation of lines along an axis, running out to 0 within a voxel."""
+    lines, at = np.moveaxis(x, axis, -1), np.moveaxis(at, axis, -1)
+    out = np.empty(at.shape)
+    padded = np.pad(lines, [(0, 0), (0, 0), (1, 1)])
+    for place in np.ndindex(at.shape[:2]):
+        out[place] = np.interp(at[place] + 1, np.arange(padded.shape[-1]), padded[place])
+    return np.moveaxis(out, -1, axis)
+
+
+def test_turns_about_all_axes_equal_one_line_after_another() -> None:
+    """Scaled along each axis, then sheared along J, K and I; also outside the view."""
+    shape = np.array((18, 20, 12))
+    x = np.random.default_rng(0).random(shape).astype(np.float32)
+    shears = affine.Shears.of(torch.from_numpy(ANGLES)[None], torch.from_numpy(SCALES)[None])
 
     moved = turned(x)
 
-    padded = np.pad(x - x.min(), 1)  # SciPy cuts to 0 at the edge voxels; ours runs out beyond
-    out = np.indices(x.shape) - centre[:, None, None, None]
-    first = np.empty_like(x)
-    for i, j, k in np.ndindex(x.shape):
-        want_i, want_j, p_k = np.array([i, j, k]) - centre
-        p_ij = np.linalg.solve(back[:2, :2], [want_i, want_j] - back[:2, 2] * p_k)
-        at = back[2] @ [*p_ij, p_k] + centre[2]
-        first[i, j, k] = np.interp(at + 1, np.arange(14), padded[i + 1, j + 1])
-    at_i, at_j, _ = np.tensordot(back, out, 1) + centre[:, None, None, None]
-    expected = np.stack(
-        [
-            ndimage.map_coordinates(
-                np.pad(first[..., k], 1), [at_i[..., k] + 1, at_j[..., k] + 1], order=1
-            )
-            for k in range(x.shape[2])
-        ],
-        axis=-1,
-    )
-    np.testing.assert_allclose(moved, expected + x.min(), atol=2e-5)
+    room = shape + 24  # more than anything reads
+    at = np.indices(room) - ((room - 1) / 2)[:, None, None, None]  # offsets from the centre
+    values, inside = x.astype(np.float64), np.ones(())
+    for axis, n in enumerate(shape):
+        line = (np.arange(room[axis]) - (room[axis] - 1) / 2) * float(shears.scale[0, axis])
+        line += (n - 1) / 2
+        lines = np.moveaxis(values, axis, -1)
+        read = [np.interp(line, np.arange(n), each) for each in lines.reshape(-1, n)]
+        values = np.moveaxis(np.reshape(read, (*lines.shape[:-1], len(line))), -1, axis)
+        inside = inside[..., None] * np.minimum(line + 1, n - line).clip(0, 1)
+    floor = values[12:-12, 12:-12, 12:-12].min()
+    scaled = (values - floor) * inside
+    by_k, by_i = shears.along_j[0].tolist()
+    moved_j = read_along(scaled, 1, at[1] + by_k * at[2] + by_i * at[0] + (room[1] - 1) / 2)
+    by_i, by_j = shears.along_k[0].tolist()
+    moved_k = read_along(moved_j, 2, at[2] + by_i * at[0] + by_j * at[1] + (room[2] - 1) / 2)
+    by_j, by_k = shears.along_i[0].tolist()
+    moved_i = read_along(moved_k, 0, at[0] + by_j * at[1] + by_k * at[2] + (room[0] - 1) / 2)
+    expected = moved_i[12:-12, 12:-12, 12:-12]
+    np.testing.assert_allclose(moved, expected + floor, atol=2e-5)
     assert (expected == 0).any()  # so what comes in from outside is checked
     assert np.abs(turned(x, -ANGLES) - moved).max() > 0.1
 
 
-def test_turns_about_all_axes_are_near_trilinear_interpolation() -> None:
+@pytest.mark.parametrize("flipped", [1, -1])
+def test_turns_about_all_axes_are_near_trilinear_interpolation(flipped: int) -> None:
     """Linear interpolation is off by at most an eighth of the second derivative on each axis.
 
-    Trilinear interpolation and ours are each within the sum over three axes of the image; so they
-    are within twice that of each other. The first pass along K and the second add up as they do.
+    Trilinear interpolation is within the sum over three axes of the image. A crop of the view's
+    size is interpolated twice, in the resize and by the shears: within twice that sum.
     """
     x = ndimage.gaussian_filter(np.random.default_rng(0).random((20, 20, 12)), 2)
     x = x.astype(np.float32)
-    back, centre = back_of(ANGLES, SCALES), (np.array(x.shape) - 1) / 2
+    scales = SCALES * [1, 1, flipped]
+    back, centre = back_of(ANGLES, scales), (np.array(x.shape) - 1) / 2
 
-    moved = turned(x)
+    moved = turned(x, scales=scales)
 
     trilinear = ndimage.affine_transform(
         x, back, centre - back @ centre, order=1, cval=float(x.min())
@@ -284,23 +334,24 @@ def test_turns_about_all_axes_are_near_trilinear_interpolation() -> None:
     bend = sum(np.abs(np.diff(x, 2, axis=axis)).max() for axis in range(3)) / 8
     inner = (slice(4, 16), slice(4, 16), slice(3, 9))
     apart = np.abs(moved - trilinear)[inner]
-    assert 0 < apart.max() < 2 * bend
-    assert np.abs(turned(x, -ANGLES) - trilinear)[inner].max() > 2 * bend
+    assert 0 < apart.max() < 3 * bend
+    assert np.abs(turned(x, -ANGLES, scales) - trilinear)[inner].max() > 3 * bend
     assert moved.min() >= x.min() - 1e-6
 
 
-def test_a_turn_about_k_alone_is_the_one_in_the_plane_with_its_flips() -> None:
-    x = random_batch(3, 12)[:, 0]
-    angle = torch.tensor([0.1, -0.17, 0.0])
-    flips = torch.tensor([[False, True], [True, False], [False, False]])
-    zero, one = torch.zeros(3), torch.ones(3)
-    signs = torch.stack([*torch.where(flips.T, -1.0, 1.0), one], dim=1)
+def test_no_turn_is_a_resize_and_batches_are_their_views() -> None:
+    crops = torch.from_numpy(np.random.default_rng(0).random((3, 24, 24, 12))).half()
+    still = affine.Shears.of(torch.zeros(3, 3), torch.ones(3, 3))
 
-    in_plane = augment.rotate_in_plane(x, angle, flips)
-    about_k = affine.rotate_and_scale(x, torch.stack([zero, zero, angle], dim=1), signs)
+    resized = affine.warp(crops, (16, 16, 8), still)
 
-    torch.testing.assert_close(about_k, in_plane, atol=1e-5, rtol=0)
-    assert not torch.allclose(augment.rotate_in_plane(x, -angle, flips), in_plane, atol=1e-2)
+    torch.testing.assert_close(resized, augment.resize(crops, (16, 16, 8)), atol=1e-5, rtol=0)
+    moving = affine.Shears.of(torch.rand(3, 3) * 0.3, 1 + torch.rand(3, 3) * 0.2)
+    together = affine.warp(crops, (16, 16, 8), moving)
+    for at in range(3):
+        alone = affine.warp(crops[at : at + 1], (16, 16, 8), moving.part(slice(at, at + 1)))
+        torch.testing.assert_close(together[at], alone[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(together, resized, atol=1e-2)
 
 
 def test_geometry_stays_within_what_the_recipe_allows() -> None:
@@ -345,7 +396,7 @@ def test_unturned_clean_views_are_the_crops_flipped(flip_axes, rotation) -> None
             crop = torch.from_numpy(
                 volume[i : i + extent[0], j : j + extent[1], k : k + extent[2]].astype(np.float32)
             )
-            matrices = [augment.resize_matrix(n, 16) for n in extent]
+            matrices = [filters.resize_matrix(n, 16) for n in extent]
             expected = torch.einsum("ai,bj,ck,ijk->abc", *matrices, crop).flip(axes)
             torch.testing.assert_close(views[view][b, 0], expected, atol=1e-5, rtol=0)
 

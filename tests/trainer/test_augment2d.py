@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.preprocess2d import as_channels
 from models.recipe import ImageViews, Normalisation
-from trainer.data import augment, augment2d, images2d
+from trainer.data import augment, augment2d, filters, images2d
 from trainer.data.augment2d import Corruption2d, Geometry2d
 from trainer.data.images2d import ResidentImages
 from trainer.randomness import generator
@@ -198,7 +198,7 @@ def test_blur_is_a_gaussian_along_both_axes_of_the_drawn_half() -> None:
     )
 
     torch.testing.assert_close(blurred[0], clean[0])
-    matrix = augment.blur_matrix(32, sigma)
+    matrix = filters.blur_matrix(32, sigma)
     for b in (1, 2):
         for c in range(3):
             expected = matrix[b] @ clean[b, c] @ matrix[b].T

@@ -25,17 +25,24 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
 from models.recipe import CropPairs
-from trainer.data import affine, banded
-from trainer.data.banded import Banded
+from trainer.data import affine
+from trainer.data.affine import Shears
+from trainer.data.banded import Taps
+from trainer.data.filters import (
+    along_axes,
+    blur_columns,
+    blur_matrix,
+    blur_radius,
+    gaussians,
+    resize_matrix,
+    resize_taps,
+)
 from trainer.data.resident import Resident, Size
 from trainer.data.sampling import Pairs
 from trainer.data.to_device import to_device
 
 MAX_BOXES = 5
 BOX_PROBABILITY = 0.95
-TRUNCATE = 4.0
-"""Radius of a Gaussian in deviations, SciPy's default."""
-
 NONE, INPAINT, OUTPAINT = 0, 1, 2
 HOST = torch.device("cpu")
 
@@ -160,20 +167,19 @@ def make_clean(
     slices = torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device)
     sizes = pairs.size[:, view]
     is_flat = recipe.rotation == "in_plane" and recipe.max_scaling == 0
+    signed = torch.where(geometry.flips, -1, 1) * geometry.scales
+    shears = None if is_flat else Shears.of(geometry.angles, signed)
     for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
         size: Size = recipe.crop_sizes[index]
         of_size = (sizes == index).nonzero()[:, 0]
         for at in of_size.split(_at_once(device, len(of_size))):
             crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size)
-            flips, angles = geometry.flips[at], to_device(geometry.angles[at], device)
-            if is_flat:
+            if shears is None:
+                flips, angles = geometry.flips[at], to_device(geometry.angles[at, 2], device)
                 resized = resize(crop, recipe.input_size, flips[:, 2])
-                turned = to_device(flips[:, :2], device)
-                moved = rotate_in_plane(resized, angles[:, 2], turned)
+                moved = rotate_in_plane(resized, angles, to_device(flips[:, :2], device))
             else:
-                resized = resize(crop, recipe.input_size)
-                signed = torch.where(flips, -1, 1) * geometry.scales[at]
-                moved = affine.rotate_and_scale(resized, angles, to_device(signed, device))
+                moved = affine.warp(crop, recipe.input_size, shears.part(at))
             slices.index_copy_(0, to_device(at, device), _by_slice(moved))
     return _by_voxel(slices)[:, None]
 
@@ -196,23 +202,24 @@ def corrupt(
         in_place: Write over `clean`, as fresh memory for a batch costs more than the writing.
     """
     uniform_noise((skip, *clean.shape[1:]), random)
-    sigma = to_device(corruption.blur_sigma, clean.device)
-    blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
     out = clean if in_place else torch.empty(clean.shape, device=clean.device)
     if clean.device.type == "cpu":
-        radius = math.floor(TRUNCATE * float(sigma.max()) + 0.5) if len(sigma) else 0
-        for at, view in enumerate(_by_slice(clean[:, 0])):
+        taps = blur_taps(clean.shape[2:], corruption.blur_sigma)
+        for at, (view, (along_i, along_j, along_k)) in enumerate(
+            zip(_by_slice(clean[:, 0]), taps, strict=True)
+        ):
             noise = uniform_noise(view.shape, random)
             painted = paint_boxes(view, noise, corruption.part(slice(at, at + 1)))
-            along_i, along_j, along_k = (Banded.of_filter(m[at], radius) for m in blur)
-            soft = banded.along_axes(painted, (along_k, along_i, along_j))
-            _by_slice(out[:, 0])[at] = soft
+            soft = along_i.along(along_k.along(painted, 0), 1)
+            _by_slice(out[:, 0])[at] = along_j.along_last(soft)
         return out
     if len(clean) == 0:
         return out
     view = clean[:, 0]
     noise = uniform_noise(_by_slice(view).shape, random)
     is_noise = noise_share(corruption, view.shape[1:], view.device)
+    sigma = to_device(corruption.blur_sigma, clean.device)
+    blur = [blur_matrix(n, sigma[:, axis]) for axis, n in enumerate(clean.shape[2:])]
     # Exact at 0 and 1, and faster than `where`.
     out[:, 0] = along_axes(torch.lerp(view, _by_voxel(noise), is_noise), blur)
     return out
@@ -274,17 +281,6 @@ def intervals(start: Tensor, size: Tensor, shape: torch.Size) -> list[Tensor]:
     return [along.float() for along in covered]
 
 
-def along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
-    """Apply a matrix (B, m, n) along each axis of (B, I, J, K)."""
-    along_i, along_j, along_k = matrices
-    batch, i, j, _ = x.shape
-    # Each product contracts the last axis and puts its own first, so that none copies.
-    x = along_k @ _by_slice(x).flatten(2)  # (B, K, I * J)
-    x = along_j @ x.reshape(batch, -1, j).mT  # (B, J, K * I)
-    x = along_i @ x.reshape(batch, -1, i).mT  # (B, I, J * K)
-    return x.reshape(batch, x.shape[1], along_j.shape[1], -1)
-
-
 def _at_once(device: torch.device, count: int) -> int:
     return AT_ONCE if device.type == "cpu" else max(count, 1)
 
@@ -304,48 +300,6 @@ def _by_voxel(slices: Tensor) -> Tensor:
     return slices.permute(0, 2, 3, 1)
 
 
-@functools.cache
-def resize_matrix(num_in: int, num_out: int) -> Tensor:
-    """Anti-aliased linear resize as a matrix, (num_out, num_in).
-
-    Equals a Gaussian filter of deviation (num_in / num_out - 1) / 2 when shrinking, then linear
-    interpolation at voxel centres, edges repeated (skimage's `resize` of order 1).
-    """
-    scale = num_in / num_out
-    at = (torch.arange(num_out, dtype=torch.float64) + 0.5) * scale - 0.5
-    at = at.clamp(0, num_in - 1)
-    low = at.floor().long().clamp(max=max(num_in - 2, 0))
-    high = (low + 1).clamp(max=num_in - 1)
-    share = at - low
-    linear = torch.zeros(num_out, num_in, dtype=torch.float64)
-    rows = torch.arange(num_out)
-    linear.index_put_((rows, low), 1 - share, accumulate=True)
-    linear.index_put_((rows, high), share, accumulate=True)
-    sigma = torch.tensor([max(0.0, (scale - 1) / 2)], dtype=torch.float64)
-    return (linear @ blur_matrix(num_in, sigma)[0]).float()
-
-
-def blur_matrix(n: int, sigma: Tensor) -> Tensor:
-    """Gaussian filters along an axis, edges repeated, (B, n, n); deviation 0 is the identity.
-
-    Equals scipy.ndimage.gaussian_filter1d(mode="nearest") for each deviation of `sigma` (B,).
-    """
-    sigma = sigma[:, None]
-    radius = (TRUNCATE * sigma + 0.5).floor()
-    # Whole filters, to normalise and to fold what hangs over the edges onto the edge voxels.
-    longest = math.ceil(TRUNCATE * float(n)) + 1
-    offset = torch.arange(-longest, longest + 1, device=sigma.device, dtype=sigma.dtype)
-    whole = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)) ** 2) * (offset.abs() <= radius)
-    whole = whole / whole.sum(dim=1, keepdim=True)  # (B, offsets)
-    # Row p holds the offsets -p ... n - 1 - p.
-    matrix = whole[:, longest - n + 1 : longest + n].unfold(1, n, 1).flip(1)  # (B, n, n)
-    tail = whole.flip(1).cumsum(dim=1).flip(1)  # sum over offsets >= d
-    beyond = tail[:, longest + 1 : longest + n + 1]  # voxel p hangs over the low edge from p + 1
-    matrix[:, :, 0] += beyond
-    matrix[:, :, -1] += beyond.flip(1)
-    return matrix
-
-
 def resize(crops: Tensor, size: Size, flip_k: Tensor | None = None) -> Tensor:
     """Anti-aliased linear resize (`resize_matrix`), float32.
 
@@ -358,13 +312,13 @@ def resize(crops: Tensor, size: Size, flip_k: Tensor | None = None) -> Tensor:
         Seen as (B, I, J, K), in memory slice after slice.
     """
     extents = tuple(zip(crops.shape[1:], size, strict=True))
-    if crops.device.type == "cpu" and extents[0][0] > extents[0][1]:
+    if crops.device.type == "cpu":
         is_flipped = [False] * len(crops) if flip_k is None else flip_k.tolist()
+        along_i, along_j, along_k = (_resize_taps(*along) for along in extents)
         slices = torch.empty(len(crops), *_slices_of(size))
         for crop, view, flips in zip(crops, slices, is_flipped, strict=True):
-            along_k = _bands(*extents[2], flips=flips)
-            axes = _bands(*extents[0]), _bands(*extents[1]), along_k
-            view.copy_(banded.along_axes(crop.float(), axes).permute(2, 0, 1))
+            made = along_k.last_to_first(along_j.along(along_i.along(crop.float(), 0), 1))
+            view.copy_(made.flip(0) if flips else made)
         return _by_voxel(slices)
     crops = crops.float()
     by_i, by_j, by_k = (to_device(resize_matrix(*along), crops.device) for along in extents)
@@ -382,9 +336,23 @@ def resize(crops: Tensor, size: Size, flip_k: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
-def _bands(num_in: int, num_out: int, *, flips: bool = False) -> Banded:
-    matrix = resize_matrix(num_in, num_out)
-    return Banded.of(matrix.flip(0) if flips else matrix)
+def _resize_taps(num_in: int, num_out: int) -> Taps:
+    at = torch.arange(num_out, dtype=torch.float64)
+    return Taps(*resize_taps(at, num_in, num_out), num_in)
+
+
+def blur_taps(extents: Sequence[int], sigma: Tensor) -> list[tuple[Taps, ...]]:
+    """What `blur_matrix` has of each deviation (B, D), float32 on the host, along D axes."""
+    weights = gaussians(sigma)
+    reach = (weights.shape[2] - 1) // 2
+    radii = blur_radius(sigma).int().tolist()
+    return [
+        tuple(
+            Taps(blur_columns(n, radius), row[reach - radius : reach + radius + 1].expand(n, -1), n)
+            for n, radius, row in zip(extents, of_view, rows, strict=True)
+        )
+        for of_view, rows in zip(radii, weights, strict=True)
+    ]
 
 
 def rotate_in_plane(x: Tensor, angle: Tensor, flips: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from models.recipe import ImageCrops, ImageViews, Normalisation
-from trainer.data import augment
+from trainer.data import augment, filters
 from trainer.data.images2d import ResidentImages, as_channels
 from trainer.data.to_device import to_device
 
@@ -229,7 +229,7 @@ def corrupt(
     x = torch.where(outpainted & ~kept, noise, clean)
     is_grey = to_device(corruption.is_grey, device)[:, None, None, None]
     x = torch.where(is_grey, luminance(x), x)
-    blur = augment.blur_matrix(clean.shape[-1], to_device(corruption.blur_sigma, device))
+    blur = filters.blur_matrix(clean.shape[-1], to_device(corruption.blur_sigma, device))
     x = change_colours(_along_both(x, blur, blur), corruption)
     holes = _inside(corruption.hole_start, corruption.hole_size, clean)
     return as_channels(x, normalisation) * ~holes

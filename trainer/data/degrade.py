@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.recipe import PcrlV2
-from trainer.data.augment import along_axes, blur_matrix
+from trainer.data.filters import along_axes, blur_matrix
 from trainer.data.resident import Size
 from trainer.data.to_device import to_device
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
-from trainer.data import augment
+from trainer.data import filters
 
 
 def draw_noise(shape: torch.Size, random: torch.Generator) -> Tensor:
@@ -32,9 +32,9 @@ def displacement(noise: Tensor, *, alpha: float, sigma: float) -> Tensor:
         sigma: Deviation of the Gaussian, voxels.
     """
     width = torch.full((1,), sigma, device=noise.device)
-    axes = [augment.blur_matrix(n, width) for n in noise.shape[2:]]
+    axes = [filters.blur_matrix(n, width) for n in noise.shape[2:]]
     flat = noise.flatten(0, 1)  # (B * 3, I, J, K)
-    smooth = augment.along_axes(flat, [m.expand(len(flat), -1, -1) for m in axes])
+    smooth = filters.along_axes(flat, [m.expand(len(flat), -1, -1) for m in axes])
     return alpha * smooth.reshape(noise.shape)
 
 

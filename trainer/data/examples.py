@@ -16,9 +16,9 @@ from torch import Tensor
 
 from imaging.volume import Grid
 from models.recipe import ClassifyRecipe
-from trainer.data.augment import along_axes, resize_matrix
 from trainer.data.cache import Case, VolumeCache
 from trainer.data.cases import check_extents
+from trainer.data.filters import along_axes, resize_matrix
 from trainer.data.patches import cut, flipped, resident_channels, turned
 from trainer.data.resident import Resident, Size
 from trainer.data.scan_set import Example, Point, ScanFile

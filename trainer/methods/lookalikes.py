@@ -16,7 +16,7 @@ from torch import Tensor
 from models import recipe as recipes
 from models.networks.unet3d import UNet3d
 from models.recipe import PretrainRecipe
-from trainer.data import augment
+from trainer.data import filters
 from trainer.data.resident import Resident, Size
 from trainer.data.to_device import to_device
 from trainer.errors import Preempted
@@ -71,10 +71,10 @@ def resized(volumes: Resident, size: Size) -> Tensor:
     for volume in volumes.on_host():
         scan = torch.from_numpy(volume).to(volumes.device).float()[None]
         matrices = [
-            to_device(augment.resize_matrix(before, after), volumes.device)[None]
+            to_device(filters.resize_matrix(before, after), volumes.device)[None]
             for before, after in zip(volume.shape, size, strict=True)
         ]
-        every.append(augment.along_axes(scan, matrices).half())
+        every.append(filters.along_axes(scan, matrices).half())
     return torch.stack(every)
 
 
