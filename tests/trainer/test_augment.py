@@ -101,7 +101,7 @@ def test_a_matrix_cut_into_blocks_is_the_whole_and_a_narrower_band_is_not(num_in
     matrix = filters.resize_matrix(num_in, num_out)
     first = (matrix != 0).int().argmax(dim=1).tolist()
     end = (num_in - (matrix != 0).flip(1).int().argmax(dim=1)).tolist()
-    lines = torch.from_numpy(np.random.default_rng(0).random((20, num_in))).float()
+    lines = torch.from_numpy(np.random.default_rng(0).random((20, 2 * num_in))).float()[:, ::2]
     # Every other line of a larger memory, with room around, of which nothing else is written.
     room = torch.full((40, num_out + 6), 7.0)
 
@@ -300,7 +300,7 @@ def test_turns_about_all_axes_equal_one_line_after_another() -> None:
         read = [np.interp(line, np.arange(n), each) for each in lines.reshape(-1, n)]
         values = np.moveaxis(np.reshape(read, (*lines.shape[:-1], len(line))), -1, axis)
         inside = inside[..., None] * np.minimum(line + 1, n - line).clip(0, 1)
-    floor = values[12:-12, 12:-12, 12:-12].min()
+    floor = values[inside > 0].min()
     scaled = (values - floor) * inside
     by_k, by_i = shears.along_j[0].tolist()
     moved_j = read_along(scaled, 1, at[1] + by_k * at[2] + by_i * at[0] + (room[1] - 1) / 2)
@@ -350,8 +350,48 @@ def test_no_turn_is_a_resize_and_batches_are_their_views() -> None:
     together = affine.warp(crops, (16, 16, 8), moving)
     for at in range(3):
         alone = affine.warp(crops[at : at + 1], (16, 16, 8), moving.part(slice(at, at + 1)))
-        torch.testing.assert_close(together[at], alone[0], atol=1e-5, rtol=0)
+        assert torch.equal(together[at], alone[0])
     assert not torch.allclose(together, resized, atol=1e-2)
+    assert affine.warp(crops[:0], (16, 16, 8), moving.part(slice(0))).shape == (0, 16, 16, 8)
+
+
+def test_nothing_in_a_view_lies_below_what_comes_in_from_outside() -> None:
+    """Also where content that the scaling takes out of the view is turned into it again."""
+    ramp = torch.linspace(1, 2, 16)[:, None, None].expand(16, 16, 16)
+    marked = torch.ones(16, 16, 16)
+    marked[8, 8, 8] = 0  # the minimum, and far from what is outside
+    angles, scales = torch.tensor([0.0, 0.0, 0.17]), torch.tensor([1.1, 0.8, 1.0])
+    shears = affine.Shears.of(angles[None], scales[None])
+
+    view, marks = (affine.warp(x[None], (16, 16, 16), shears)[0] for x in (ramp, marked))
+
+    is_outside = (marks == marks.min()) & (torch.arange(16) < 4)  # in slices without the mark
+    assert is_outside.any() and not is_outside.all()
+    assert torch.equal(view[is_outside], view.min().expand(int(is_outside.sum())))
+
+
+def test_a_blurred_view_is_the_same_in_whatever_batch() -> None:
+    views = random_batch(6, 12)
+    drawn = augment.draw_corruption(
+        RECIPE, torch.full((6,), augment.NONE), generator(0, 1, "boxes")
+    )
+
+    together = augment.corrupt(views, drawn, generator(0, 1, "noise"))
+
+    for at in range(6):
+        part = slice(at, at + 1)
+        alone = augment.corrupt(views[part], drawn.part(part), generator(0, 1, "noise"), skip=at)
+        assert torch.equal(together[part], alone)
+    other = augment.corrupt(views[:1], drawn.part(slice(1, 2)), generator(0, 1, "noise"))
+    assert not torch.equal(other, together[:1])
+
+
+def test_large_turns_about_all_axes_are_refused() -> None:
+    fields = {**RECIPE.model_dump(), "max_rotation_deg": 20.5}
+
+    with pytest.raises(ValueError, match=r"max_rotation_deg 20\.5 is above 20"):
+        CropPairs.model_validate({**fields, "rotation": "all"})
+    CropPairs.model_validate({**fields, "rotation": "in_plane"})
 
 
 def test_geometry_stays_within_what_the_recipe_allows() -> None:

@@ -4,7 +4,8 @@ A linear map is a scaling of the axes followed by three shears, each of which mo
 themselves. The scaling is part of the resize, so it costs nothing; a shear moves each line by one
 number, so that it reads n + 1 neighbours in memory and mixes each with the next. Between voxels
 that is linear interpolation once along each axis, as trilinear interpolation has it, of a crop that
-the resize has interpolated once. (`grid_sample` took three times as long as the shears on a CPU.)
+the resize has interpolated once; the turns must be small (`CropPairs`), as the scaling that makes
+up for large ones would leave voxels out.
 
 Voxels of a view count as cubes whatever their spacing, as in TorchIO's RandomAffine on an array,
 and what comes in from outside is each view's minimum, as there: that of the scaled crop. Outside of
@@ -104,37 +105,44 @@ def warp(crops: Tensor, size: Size, shears: Shears) -> Tensor:
     Returns:
         float32 (B, I, J, K), in memory slice after slice.
     """
+    if len(crops) == 0:
+        return torch.empty(0, *size, device=crops.device)
+    if crops.device.type != "cpu":
+        return _warped(crops, size, shears)
+    # One view after another, in memory that stays in the caches, and alike in whatever batch.
+    alone = (slice(at, at + 1) for at in range(len(crops)))
+    views = [_warped(crops[at], size, shears.part(at)).permute(0, 3, 1, 2) for at in alone]
+    return torch.cat(views).permute(0, 2, 3, 1)
+
+
+def _warped(crops: Tensor, size: Size, shears: Shears) -> Tensor:
     i, j, k = size
     device, batch = crops.device, len(crops)
     axes = [
-        _Axis.of(old, new, shears.scale[:, axis], device)
+        _Axis.of(old, new, shears.scale[:, axis])
         for axis, (old, new) in enumerate(zip(crops.shape[1:], size, strict=True))
     ]
     m, n, length = (axis.extent for axis in axes)
-    # One view after another on a CPU, in memory that stays in its caches.
-    at_once = 1 if device.type == "cpu" else batch
     along_j, along_k, along_i = (
-        _Lines.of(at_once, lines, weights, extents, device)
+        _Lines.of(lines, weights, extents, device)
         for lines, weights, extents in (
             ((length, m), shears.along_j, (n, j)),
             ((m, j), shears.along_k, (length, k)),
             ((j, k), shears.along_i, (m, i)),
         )
     )
-    inside = axes[0].inside[:, :, None] * axes[1].inside[:, None]
+    inside_i, inside_j, inside_k = (to_device(axis.inside, device) for axis in axes)
+    inside = inside_i[:, None, :, None] * inside_j[:, None, None]  # (B, 1, M, N)
+    inside_k = inside_k[:, :, None, None]
+    scaled = _scaled(crops, axes)  # (B, L, M, N)
+    is_outside = (inside == 0) | (inside_k == 0)
+    floor = scaled.masked_fill(is_outside, math.inf).amin(dim=(1, 2, 3), keepdim=True)
+    torch.sub(scaled, floor, out=along_j.middle).mul_(inside).mul_(inside_k)
     slices = torch.empty(batch, k, i, j, device=device)
-    for start in range(0, batch, max(at_once, 1)):
-        part = slice(start, start + at_once)
-        scaled = _scaled(crops[part], axes, part)  # (b, L, M, N)
-        of_view = scaled[:, (length - k) // 2 :, (m - i) // 2 :, (n - j) // 2 :][:, :k, :i, :j]
-        floor = of_view.amin(dim=(1, 2, 3), keepdim=True)
-        raised = torch.sub(scaled, floor, out=along_j.middle)
-        raised.mul_(inside[part, None]).mul_(axes[2].inside[part, :, None, None])
-        along_j.move(part, out=along_k.middle.permute(0, 3, 1, 2))
-        along_k.move(part, out=along_i.middle.permute(0, 3, 1, 2))
-        along_i.move(part, out=slices[part].permute(0, 3, 1, 2))
-        slices[part] += floor
-    return slices.permute(0, 2, 3, 1)
+    along_j.move(out=along_k.middle.permute(0, 3, 1, 2))
+    along_k.move(out=along_i.middle.permute(0, 3, 1, 2))
+    along_i.move(out=slices.permute(0, 3, 1, 2))
+    return slices.add_(floor).permute(0, 2, 3, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,73 +150,70 @@ class _Axis:
     """The resize and scaling of a batch along one axis.
 
     Attributes:
-        columns: What each voxel reads, edges repeated, int64 (B, m, t).
+        columns: What each voxel reads, edges repeated, int64 (B, m, t) on the host.
         weights: Of it, (B, m, t).
         inside: 1 inside of the view, 0 outside, running out within a voxel; (B, m).
         num_in: n.
-        is_flipped: bool (B,) on the host.
+        is_flipped: bool (B,).
     """
 
     columns: Tensor
     weights: Tensor
     inside: Tensor
     num_in: int
-    is_flipped: list[bool]
+    is_flipped: Tensor
 
     @classmethod
-    def of(cls, num_in: int, num_out: int, scale: Tensor, device: torch.device) -> _Axis:
+    def of(cls, num_in: int, num_out: int, scale: Tensor) -> _Axis:
         """From n voxels to those of the view and as many around it as the scaling lets in."""
         factors = scale.abs()
-        least = float(factors.min()) if len(factors) else 1.0
-        beyond = math.ceil((num_out + 1) / (2 * least) - (num_out - 1) / 2 - 1e-6) - 1
+        beyond = (
+            math.ceil((num_out + 1) / (2 * float(factors.min())) - (num_out - 1) / 2 - 1e-6) - 1
+        )
         extent = num_out + 2 * STEP * math.ceil(max(beyond, 0) / STEP)
-        factors = to_device(factors, device)
         at = _offsets(extent, factors) * factors[:, None] + (num_out - 1) / 2
         inside = torch.minimum(at + 1, num_out - at).clamp_(0, 1).float()
         columns, weights = resize_taps(at, num_in, num_out)
-        return cls(columns, weights, inside, num_in, (scale < 0).tolist())
+        return cls(columns, weights, inside, num_in, scale < 0)
 
     @property
     def extent(self) -> int:
         """Voxels after, with those around the view."""
         return self.columns.shape[1]
 
-    def taps(self, at: int) -> Taps:
-        """Of one view, as if it were not flipped."""
-        columns, weights = self.columns[at], self.weights[at]
+    def taps(self) -> Taps:
+        """Of a batch of one, as if it were not flipped."""
+        (columns,), (weights,) = self.columns, self.weights
         return Taps(columns, weights, self.num_in)
 
     def matrices(self) -> Tensor:
         """(B, m, n), flipped where they are."""
-        batch = len(self.columns)
-        matrices = self.weights.new_zeros(batch, self.extent, self.num_in)
+        matrices = torch.zeros(len(self.columns), self.extent, self.num_in)
         matrices.scatter_add_(2, self.columns, self.weights)
-        is_flipped = to_device(torch.tensor(self.is_flipped), matrices.device)
-        return torch.where(is_flipped[:, None, None], matrices.flip(1), matrices)
+        return torch.where(self.is_flipped[:, None, None], matrices.flip(1), matrices)
 
 
-def _scaled(crops: Tensor, axes: Sequence[_Axis], part: slice) -> Tensor:
-    """Crops (b, I', J', K') of part of a batch resized, scaled and flipped, (b, L, M, N)."""
+def _scaled(crops: Tensor, axes: Sequence[_Axis]) -> Tensor:
+    """Crops (B, I', J', K') resized, scaled and flipped, (B, L, M, N); on a CPU a single one."""
     if crops.device.type != "cpu":
-        scaled = along_axes(crops.float(), [axis.matrices() for axis in axes])
-        return scaled.permute(0, 3, 1, 2)
-    at = part.start
-    along_i, along_j, along_k = (axis.taps(at) for axis in axes)
+        matrices = [to_device(axis.matrices(), crops.device) for axis in axes]
+        return along_axes(crops.float(), matrices).permute(0, 3, 1, 2)
+    along_i, along_j, along_k = (axis.taps() for axis in axes)
     lines = along_j.along(along_i.along(crops[0].float(), 0), 1)
     scaled = along_k.last_to_first(lines)[None]
-    flipped = [axis for axis in range(3) if axes[axis].is_flipped[at]]
-    return scaled.flip([(2, 3, 1)[axis] for axis in flipped]) if flipped else scaled
+    flipped = [place for place, axis in zip((2, 3, 1), axes, strict=True) if axis.is_flipped[0]]
+    return scaled.flip(flipped) if flipped else scaled
 
 
 @dataclass(frozen=True, slots=True)
 class _Lines:
-    """Lines of part of a batch that a shear moves, and how.
+    """Lines that a shear moves, and how.
 
     Attributes:
-        memory: (b, u, v, reach + n + reach), 0 but for its middle.
-        middle: What is moved, (b, u, v, m).
+        memory: (B, u, v, reach + n + reach), 0 but for its middle.
+        middle: What is moved, (B, u, v, m).
         extent: n, of what is read.
-        first: First voxel that each line reads in its part of memory, int64 (B, u, v).
+        first: First voxel that each line reads in memory, int64 (B, u, v).
         share: Of the voxel after each in what is read, (B, u, v, 1).
     """
 
@@ -221,7 +226,6 @@ class _Lines:
     @classmethod
     def of(
         cls,
-        at_once: int,
         lines: tuple[int, int],
         weights: Tensor,
         extents: tuple[int, int],
@@ -230,7 +234,6 @@ class _Lines:
         """All 0.
 
         Args:
-            at_once: b.
             lines: u and v.
             weights: Of u and v in the shift, (B, 2) on the host.
             extents: m and n.
@@ -239,12 +242,12 @@ class _Lines:
         u, v = lines
         before, after = extents
         ends = torch.tensor([(u - 1) / 2, (v - 1) / 2], dtype=weights.dtype)
-        longest = float((weights.abs() @ ends).max()) if len(weights) else 0.0
+        longest = float((weights.abs() @ ends).max())
         reach = math.floor(longest + 1e-3) + 1  # shifts are rounded to float32
         reach = max(reach, (before - after) // 2)
         length = after + 2 * reach
-        memory = torch.zeros(at_once, u, v, length, device=device)
-        starts = torch.arange(at_once * u * v, device=device).mul_(length).add_(reach)
+        memory = torch.zeros(len(weights), u, v, length, device=device)
+        starts = torch.arange(len(weights) * u * v, device=device).mul_(length).add_(reach)
         by_u, by_v = to_device(weights.float(), device).unbind(1)
         along_u, along_v = _offsets(u, by_u), _offsets(v, by_v)
         shifts = (by_u[:, None] * along_u)[:, :, None] + (by_v[:, None] * along_v)[:, None]
@@ -253,18 +256,17 @@ class _Lines:
             memory=memory,
             middle=memory.narrow(3, reach - (before - after) // 2, before),
             extent=after,
-            first=whole.long() + starts.view(at_once, u, v),
+            first=whole.long() + starts.view(-1, u, v),
             share=(shifts - whole)[..., None],
         )
 
-    def move(self, part: slice, *, out: Tensor) -> None:
+    def move(self, *, out: Tensor) -> None:
         """Read n voxels of each line, which lie by its shift beside the middle."""
-        share = self.share[part]
         rows = self.memory.as_strided(
             (self.memory.numel() - self.extent, self.extent + 1), (1, 1)
-        ).index_select(0, self.first[part].flatten())
-        rows = rows.view(*share.shape[:3], self.extent + 1)
-        torch.lerp(rows[..., :-1], rows[..., 1:], share, out=out)
+        ).index_select(0, self.first.flatten())
+        rows = rows.view(*self.first.shape, self.extent + 1)
+        torch.lerp(rows[..., :-1], rows[..., 1:], self.share, out=out)
 
 
 def _offsets(n: int, like: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Views from crops: the numbers are drawn first, then applied to the whole batch on the device.
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
-plane (one 2D interpolation with the slices as channels), or about all axes with a scaling (along K,
-then in each slice). The corrupted view is the clean one painted (boolean boxes) and blurred (one
+plane (one 2D interpolation with the slices as channels), or with the resize a scaling, and rotation
+about all axes (`affine`). The corrupted view is the clean one painted (boxes) and blurred (one
 matrix an axis), in the order in which the paper lists them. The blur has its own matrices because
-the clean view, the target, must not have it.
+the clean view, the target, must not have it. On a CPU matrices are what their rows read (`banded`).
 
 Clean views are indexed (B, 1, I, J, K) but lie in memory slice after slice, K before I and J: the
 rotation and the products along the axes need no copy then.
@@ -342,7 +342,7 @@ def _resize_taps(num_in: int, num_out: int) -> Taps:
 
 
 def blur_taps(extents: Sequence[int], sigma: Tensor) -> list[tuple[Taps, ...]]:
-    """What `blur_matrix` has of each deviation (B, D), float32 on the host, along D axes."""
+    """A Gaussian of each deviation (B, D), float32 on the host, along D axes, edges repeated."""
     weights = gaussians(sigma)
     reach = (weights.shape[2] - 1) // 2
     radii = blur_radius(sigma).int().tolist()

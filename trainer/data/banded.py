@@ -106,7 +106,9 @@ class Banded:
         """The product with each line, (r, n) to (r, m)."""
         num_blocks, rows, width = self.blocks.shape
         windows = lines.as_strided(
-            (num_blocks, len(lines), width), (self.step, *lines.stride()), lines.storage_offset()
+            (num_blocks, len(lines), width),
+            (self.step * lines.stride(1), *lines.stride()),
+            lines.storage_offset(),
         )
         by_line, by_row = out.stride()
         parts = out.as_strided(
@@ -119,7 +121,9 @@ class Banded:
         num_blocks, rows, width = self.blocks.shape
         by_line, by_column = lines.stride()
         windows = lines.as_strided(
-            (num_blocks, width, len(lines)), (self.step, by_column, by_line), lines.storage_offset()
+            (num_blocks, width, len(lines)),
+            (self.step * by_column, by_column, by_line),
+            lines.storage_offset(),
         )
         return torch.bmm(self.blocks, windows).view(num_blocks * rows, len(lines))
 

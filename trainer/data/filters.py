@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
-from trainer.data.to_device import to_device
-
 TRUNCATE = 4.0
 """Radius of a Gaussian in deviations, SciPy's default."""
 
@@ -59,7 +57,8 @@ def gaussians(sigma: Tensor) -> Tensor:
     offset = torch.arange(-longest, longest + 1, device=sigma.device, dtype=sigma.dtype)
     weights = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[..., None]) ** 2)
     weights *= offset.abs() <= radius
-    return weights / weights.sum(dim=-1, keepdim=True)
+    # Added up one after another, so that a filter does not depend on how many zeros surround it.
+    return weights / weights.cumsum(dim=-1)[..., -1:]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,27 +72,27 @@ def resize_taps(at: Tensor, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
     """What an anti-aliased resize reads for voxels at any position; see `resize_matrix`.
 
     Args:
-        at: Positions (..., m), float64, in voxels of the resized volume, its first one's
-            centre at 0.
+        at: Positions (..., m), float64 on the host, in voxels of the resized volume, its first
+            one's centre at 0.
         num_in: Voxels before.
         num_out: Voxels after.
 
     Returns:
         Voxels that each reads, rising, int64 (..., m, t), and their weights, float32.
     """
-    smooth = to_device(_smoothing(num_in, num_out), at.device)
+    smooth = _smoothing(num_in, num_out)
     reach = (len(smooth) - 3) // 2
     at = ((at + 0.5) * (num_in / num_out) - 0.5).clamp_(0, num_in - 1)
     low = at.floor()
     share = (at - low)[..., None]
     weights = (1 - share) * smooth[1:] + share * smooth[:-1]
-    offset = torch.arange(-reach, reach + 2, device=at.device)
+    offset = torch.arange(-reach, reach + 2)
     return (low.long()[..., None] + offset).clamp_(0, num_in - 1), weights.float()
 
 
 @functools.cache
 def _smoothing(num_in: int, num_out: int) -> Tensor:
-    """The filter before voxels are made fewer, a 0 at either end, float64 on the host."""
+    """The filter before voxels are made fewer, a 0 at either end, float64."""
     sigma = torch.tensor(shrinking_sigma(num_in, num_out), dtype=torch.float64)
     return F.pad(gaussians(sigma), (1, 1))
 
