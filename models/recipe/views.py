@@ -8,9 +8,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from models.recipe.parts import Part, Share, Size
 
-LARGEST_TURN_DEG = 20.0
-"""About all three axes at once; see `trainer.data.affine`."""
-
 
 class CropPairs(Part):
     """Two overlapping crops of a scan, resized to the input size (P section 7; rows 24-33)."""
@@ -33,7 +30,6 @@ class CropPairs(Part):
     rotation: Literal["in_plane", "all"] = "in_plane"
     """In the IJ plane, or about all three axes (row 30)."""
     max_rotation_deg: Annotated[float, Field(ge=0.0, le=45.0)] = 10.0
-    """About each axis; about all three at most 20, as larger turns would be blurred."""
     max_scaling: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     """Each axis is scaled by a factor within 1 plus or minus this (row 30)."""
     max_blur_sigma: Annotated[float, Field(ge=0.0)] = 2.0
@@ -48,11 +44,6 @@ class CropPairs(Part):
             raise ValueError(f"input_size {self.input_size} must be multiples of 8")
         if self.input_size[0] != self.input_size[1]:
             raise ValueError(f"input_size {self.input_size} needs I == J for quarter turns")
-        if self.rotation == "all" and self.max_rotation_deg > LARGEST_TURN_DEG:
-            raise ValueError(
-                f"max_rotation_deg {self.max_rotation_deg:g} is above {LARGEST_TURN_DEG:g}, "
-                "the most that rotation 'all' allows"
-            )
         return self
 
 

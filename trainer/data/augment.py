@@ -1,8 +1,8 @@
 """Views from crops: the numbers are drawn first, then applied to the whole batch on the device.
 
 A clean view is crop, anti-aliased resize and flip (one matrix an axis), then rotation in the IJ
-plane (one 2D interpolation with the slices as channels), or with the resize a scaling, and rotation
-about all axes (`affine`). The corrupted view is the clean one painted (boxes) and blurred (one
+plane (one 2D interpolation with the slices as channels), or about all axes with a scaling (along K,
+then in each slice). The corrupted view is the clean one painted (boxes) and blurred (one
 matrix an axis), in the order in which the paper lists them. The blur has its own matrices because
 the clean view, the target, must not have it. On a CPU matrices are what their rows read (`banded`).
 
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from models.recipe import CropPairs
 from trainer.data import affine
-from trainer.data.affine import Shears
 from trainer.data.banded import Taps
 from trainer.data.filters import (
     along_axes,
@@ -167,19 +166,20 @@ def make_clean(
     slices = torch.empty(len(pairs.volume), *_slices_of(recipe.input_size), device=device)
     sizes = pairs.size[:, view]
     is_flat = recipe.rotation == "in_plane" and recipe.max_scaling == 0
-    signed = torch.where(geometry.flips, -1, 1) * geometry.scales
-    shears = None if is_flat else Shears.of(geometry.angles, signed)
     for index in sorted(set(sizes.tolist())):  # crops of one size are one batch
         size: Size = recipe.crop_sizes[index]
         of_size = (sizes == index).nonzero()[:, 0]
         for at in of_size.split(_at_once(device, len(of_size))):
             crop = volumes.crop(pairs.volume[at], pairs.start[at, view], size)
-            if shears is None:
-                flips, angles = geometry.flips[at], to_device(geometry.angles[at, 2], device)
+            flips, angles = geometry.flips[at], to_device(geometry.angles[at], device)
+            if is_flat:
                 resized = resize(crop, recipe.input_size, flips[:, 2])
-                moved = rotate_in_plane(resized, angles, to_device(flips[:, :2], device))
+                turned = to_device(flips[:, :2], device)
+                moved = rotate_in_plane(resized, angles[:, 2], turned)
             else:
-                moved = affine.warp(crop, recipe.input_size, shears.part(at))
+                resized = resize(crop, recipe.input_size)
+                signed = torch.where(flips, -1, 1) * geometry.scales[at]
+                moved = affine.rotate_and_scale(resized, angles, to_device(signed, device))
             slices.index_copy_(0, to_device(at, device), _by_slice(moved))
     return _by_voxel(slices)[:, None]
 
@@ -312,7 +312,7 @@ def resize(crops: Tensor, size: Size, flip_k: Tensor | None = None) -> Tensor:
         Seen as (B, I, J, K), in memory slice after slice.
     """
     extents = tuple(zip(crops.shape[1:], size, strict=True))
-    if crops.device.type == "cpu":
+    if crops.device.type == "cpu" and tuple(crops.shape[1:]) != tuple(size):
         is_flipped = [False] * len(crops) if flip_k is None else flip_k.tolist()
         along_i, along_j, along_k = (_resize_taps(*along) for along in extents)
         slices = torch.empty(len(crops), *_slices_of(size))
